@@ -1,0 +1,39 @@
+"""Packaging of skd_dist; exact versions for development and CI are in requirements.lock."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="skd_dist",
+    version="0.1.0",
+    description="Distributed stagewise knowledge distillation of vision models",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["skd_dist", "skd_dist.*"]),
+    install_requires=[
+        "accelerate>=1.10",
+        "deepspeed>=0.19.8",
+        "mlflow>=3.17.2",
+        "numpy>=2",
+        "nvidia-ml-py>=12",
+        "pillow>=11",
+        "psutil>=6",
+        "rich>=14",
+        "safetensors>=0.6",
+        "scikit-learn>=1.5",
+        "timm>=1.0.22",
+        "torch>=2.13.0",
+        "torchvision>=0.28.0",
+        "tyro>=1.0",
+        "webdataset>=1.0.2",
+    ],
+    extras_require={
+        "dev": [
+            "hypothesis>=6",
+            "import-linter>=2.5",
+            "mypy>=1.18",
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "ruff>=0.14",
+        ],
+    },
+)

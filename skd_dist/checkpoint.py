@@ -1,0 +1,107 @@
+"""Stage results: what one stage hands to the next, as files that need no engine to read.
+
+A stage result is `student.safetensors` and `manifest.json` in one directory. The manifest is written last, is fsynced
+and renamed into place, and holds the sha256 of the tensors: **a stage result exists when its manifest does**. Only one
+rank writes; every rank may read. Resuming inside a stage is another matter and is not here.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from skd_dist.errors import UserError
+
+MANIFEST = "manifest.json"
+TENSORS = "student.safetensors"
+
+
+def fsync_path(path: Path) -> None:
+    """Force a file, or the entries of a directory, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file so that it is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    fsync_path(temporary)
+    temporary.replace(path)
+    fsync_path(path.parent)
+
+
+def write_tensors(path: Path, state: Mapping[str, Tensor]) -> str:
+    """Write tensors as safetensors, whole or not at all; returns the file's sha256."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    save_file({name: value.detach().cpu().contiguous().clone() for name, value in state.items()}, temporary)
+    fsync_path(temporary)
+    temporary.replace(path)
+    fsync_path(path.parent)
+    return file_sha256(path)
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_stage_result(directory: Path, state: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+    """Publish a finished stage.
+
+    Args:
+        directory: of this stage; an unfinished earlier attempt in it is replaced.
+        state: all parameters and buffers of the student, under timm's names.
+        record: what the manifest says beside the tensors (stage, digests, metrics, parents, versions).
+    """
+    if directory.exists() and not (directory / MANIFEST).exists():
+        shutil.rmtree(directory)
+    sha256 = write_tensors(directory / TENSORS, state)
+    write_json(directory / MANIFEST, {**record, "tensors": {"file": TENSORS, "sha256": sha256}})
+
+
+def read_manifest(directory: Path) -> dict[str, Any] | None:
+    """The manifest of a published stage result, or None where none was published.
+
+    Raises:
+        UserError: the manifest cannot be read.
+    """
+    path = directory / MANIFEST
+    if not path.exists():
+        return None
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"stage result {path} cannot be read", got=error, do="remove this stage's directory") from error
+    return manifest
+
+
+def read_stage_result(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The student's tensors after a stage, and the manifest.
+
+    Raises:
+        UserError: there is none, or the tensors are not those the manifest speaks of.
+    """
+    manifest = read_manifest(directory)
+    if manifest is None:
+        raise UserError(f"no stage result in {directory}", do="run the stages before it first")
+    path = directory / manifest["tensors"]["file"]
+    if not path.exists() or file_sha256(path) != manifest["tensors"]["sha256"]:
+        raise UserError(
+            f"stage result {path} is damaged",
+            got="other bytes than its manifest records",
+            do="remove this stage's directory and those of the stages after it, then run with --resume",
+        )
+    return load_file(path), manifest

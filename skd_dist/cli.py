@@ -1,0 +1,72 @@
+"""From a recipe and the command line to an exit code.
+
+A recipe calls `main` with its configuration and, if it is more than one run, with a function that expands the parsed
+configuration into several; they run one after another in one launch. Everything that can be refused without another
+rank is refused here, in one line, by rank 0, with exit code 2 on every rank.
+"""
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from skd_dist.config import RunConfig, parse_flags
+from skd_dist.dry_run import describe_runs
+from skd_dist.errors import EXIT_USER_ERROR, UserError
+from skd_dist.job.launcher_env import read_world
+from skd_dist.roles import World
+from skd_dist.runner import check_runs, run_all
+
+Expand = Callable[[RunConfig], Sequence[RunConfig]]
+
+
+def main(
+    config: RunConfig,
+    *,
+    description: str,
+    toy: Callable[[RunConfig], RunConfig],
+    expand: Expand = lambda config: (config,),
+    argv: Sequence[str] | None = None,
+) -> None:
+    """Run a recipe and exit.
+
+    Args:
+        config: the recipe's defaults.
+        description: the recipe's docstring, shown by --help.
+        toy: shrinks the defaults to seconds where --toy is given; flags still win over it.
+        expand: the runs of this launch, from the parsed configuration.
+        argv: the command line without the program; default sys.argv.
+    """
+    arguments = _without_launcher_flags(sys.argv[1:] if argv is None else argv)
+    rank = 0
+    try:
+        world = read_world(os.environ)
+        rank = world.rank
+        default = toy(config) if "--toy" in arguments else config
+        runs = expand(_parse_once(arguments, default=default, description=description, world=world))
+        check_runs(runs, world=world)
+        if runs[0].dry_run:
+            if rank == 0:
+                print(describe_runs(runs, world=world), flush=True)
+            sys.exit(0)
+    except UserError as error:
+        if rank == 0:
+            print(f"skd_dist: {error.line}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_USER_ERROR)
+    sys.exit(run_all(runs, world=world))
+
+
+def _without_launcher_flags(arguments: Sequence[str]) -> list[str]:
+    """The `deepspeed` launcher appends --local_rank=N; LOCAL_RANK in the environment says the same."""
+    return [argument for argument in arguments if not argument.startswith(("--local_rank=", "--local-rank="))]
+
+
+def _parse_once(arguments: Sequence[str], *, default: RunConfig, description: str, world: World) -> RunConfig:
+    """Parse on every rank, but let only rank 0 print help and complaints."""
+    silent = io.StringIO()
+    with contextlib.ExitStack() as stack:
+        if world.rank != 0:
+            stack.enter_context(contextlib.redirect_stdout(silent))
+            stack.enter_context(contextlib.redirect_stderr(silent))
+        return parse_flags(arguments, default=default, description=description)

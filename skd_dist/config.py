@@ -1,0 +1,190 @@
+"""The complete configuration of a run: plain frozen data, checked whole, never repaired.                [door to tyro]
+
+A recipe returns a `RunConfig`; the command line replaces single fields of it; each component is given the fields it
+needs and never the whole. The text under a field is its help on the command line.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from skd_dist.data.images import Augment
+from skd_dist.duration import parse_duration
+from skd_dist.errors import UserError
+from skd_dist.methods import find_method
+from skd_dist.plan import OptimizerSpec
+from skd_dist.roles import Placement
+from skd_dist.teacher import TeacherDtype
+
+
+MAY_CHANGE_ON_RESUME = frozenset(
+    ("teacher_ranks", "teacher_placement", "deepspeed_config", "micro_batch_size", "num_workers", "run_dir")
+    + ("tracking_uri", "experiment", "resume", "prefetch", "network_interface", "toy", "dry_run", "name")
+)
+"""Fields that say where and how a run is computed, not what: tags in MLflow, where parameters are written once."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """Everything that decides a run."""
+
+    train_shards: str
+    """Training shards: a directory, a brace or glob pattern, a list file, or digits:train for the embedded digits."""
+    val_shards: str
+    """Validation shards, likewise."""
+    test_shards: str | None = None
+    """Test shards, likewise; measured once, with the finished student."""
+    teacher: str | None = None
+    """timm name of the teacher."""
+    teacher_checkpoint: str | None = None
+    """Teacher weights: a .safetensors or torch file, or `pretrained` for timm's own download."""
+    allow_untrained_teacher: bool = False
+    """Accept a teacher with random weights, or one that is no better than chance."""
+    student: str
+    """timm name of the student."""
+    match: str = ""
+    """Pairs of groups, student=teacher,student=teacher; the rest is matched by reduction (see --dry-run)."""
+    num_classes: int
+    """Number of classes, > 1."""
+    image_size: int = 224
+    """Side of the square images both models see, pixels."""
+    fraction: float = 1.0
+    """Share of the training samples that is used, 0 < f <= 1; class-balanced, nested."""
+    teacher_ranks: int | Literal["auto"] = "auto"
+    """Ranks that serve the teacher; 0 runs it inside each student; auto is 0 for one process, else a quarter."""
+    teacher_placement: Placement = "spread"
+    """spread: every node gives a share of its ranks; packed: whole nodes."""
+    teacher_dtype: TeacherDtype = "auto"
+    """auto: fp16 on CUDA, bf16 on a CPU that has it in hardware, else fp32."""
+    deepspeed_config: str = "auto"
+    """A name in ds_configs or a file; auto: zero2 on GPU, cpu on CPU; none: plain torch (DDP) without DeepSpeed."""
+    global_batch_size: int = 256
+    """Samples per optimizer step over all students."""
+    micro_batch_size: int | None = None
+    """Samples per forward pass of one student; default: its whole share of the global batch."""
+    num_workers: int = 4
+    """Loader processes of each student; 0 decodes in the training process."""
+    stage_duration: str = "10epochs"
+    """Length of each feature stage, for example 50000samples, 200steps, 3epochs."""
+    head_duration: str = "10epochs"
+    """Length of the head stage."""
+    lr: float = 1e-4
+    """Peak learning rate."""
+    seed: int = 0
+    """Of initial weights, order and augmentation."""
+    run_dir: Path
+    """Where the run keeps its files; seen by all ranks."""
+    tracking_uri: str | None = None
+    """MLflow store; default MLFLOW_TRACKING_URI, else mlflow.db beside the run directory."""
+    experiment: str | None = None
+    """MLflow experiment; default MLFLOW_EXPERIMENT_NAME, else skd_dist."""
+    resume: bool = False
+    """Continue the run in --run-dir: finished stages are kept."""
+    prefetch: int = 2
+    """Requests to the teacher that are under way while the student trains, >= 0; exact for any value."""
+    method: str = "skd"
+    """skd, no_teacher or simultaneous."""
+    stage_weights: Literal["last", "best"] = "last"
+    """Weights a stage hands on: its last, or those with the lowest validation loss (as published)."""
+    frozen_batchnorm: Literal["eval", "train"] = "eval"
+    """BatchNorm of frozen stages: eval keeps its statistics; train lets them drift as the published code does."""
+    network_interface: str | None = None
+    """Interface between nodes; default the one that routes to the first node."""
+    toy: bool = False
+    """Shrink the recipe to seconds: digits, tiny models, a few steps."""
+    dry_run: bool = False
+    """Print plan, matching, roles and costs; writes nothing, downloads nothing, needs no teacher weights."""
+
+    augment: tyro.conf.Suppress[Augment] = "resized_crop"
+    """Training augmentation."""
+    optimizer: tyro.conf.Suppress[Literal["adam", "adamw", "sgd"]] = "adam"
+    """Of every stage."""
+    schedule: tyro.conf.Suppress[Literal["constant", "one_cycle", "cosine"]] = "constant"
+    """Of the learning rate, inside every stage."""
+    weight_decay: tyro.conf.Suppress[float] = 0.0
+    """Of what trains in a stage, and of nothing else."""
+    fraction_seed: tyro.conf.Suppress[int] = 0
+    """Which samples a fraction holds; the same for every --seed, as published."""
+    engine: tyro.conf.Suppress[Literal["deepspeed", "accelerate"]] = "deepspeed"
+    """accelerate: what trains a teacher."""
+    student_checkpoint: tyro.conf.Suppress[str | None] = None
+    """Initial weights of what trains, as --teacher-checkpoint."""
+    name: tyro.conf.Suppress[str] = "run"
+    """Of this run among several of one launch: its directory and its MLflow name."""
+
+    @property
+    def optimizer_spec(self) -> OptimizerSpec:
+        return OptimizerSpec(
+            name=self.optimizer, learning_rate=self.lr, schedule=self.schedule, weight_decay=self.weight_decay
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for config.json and the tracking."""
+        return {**dataclasses.asdict(self), "run_dir": str(self.run_dir)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchShape:
+    """How a global batch falls on students and micro-steps."""
+
+    global_batch_size: int
+    micro_batch_size: int
+    grad_accum_steps: int
+    num_students: int
+
+
+def batch_shape(config: RunConfig, *, num_students: int) -> BatchShape:
+    """Split the global batch.
+
+    Raises:
+        UserError: it does not divide; the nearest batch sizes that do are named.
+    """
+    total, micro = config.global_batch_size, config.micro_batch_size
+    unit = num_students * (micro or 1)
+    if total <= 0 or unit <= 0 or total % unit:
+        below, above = total // max(unit, 1) * unit, (total // max(unit, 1) + 1) * unit
+        nearest = f"{below} or {above}" if below > 0 else str(above)
+        by = f"{num_students} students" + (f" x --micro-batch-size {micro}" if micro else "")
+        raise UserError(f"--global-batch-size does not divide by {by}", got=total, expected=f"for example {nearest}")
+    share = total // num_students
+    size = micro or share
+    return BatchShape(
+        global_batch_size=total, micro_batch_size=size, grad_accum_steps=share // size, num_students=num_students
+    )
+
+
+def check_config(config: RunConfig) -> None:
+    """Refuse what cannot be right whatever the data and the cluster.
+
+    Raises:
+        UserError: the first field that cannot be used.
+    """
+    _check_range("--num-classes", config.num_classes, low=2)
+    _check_range("--image-size", config.image_size, low=1)
+    _check_range("--prefetch", config.prefetch, low=0)
+    _check_range("--num-workers", config.num_workers, low=0)
+    if not 0 < config.fraction <= 1:
+        raise UserError("--fraction cannot be used", got=config.fraction, expected="more than 0 and at most 1")
+    if not (config.lr > 0 and math.isfinite(config.lr)):
+        raise UserError("--lr cannot be used", got=config.lr, expected="a number above 0")
+    find_method(config.method)
+    parse_duration(config.stage_duration)
+    parse_duration(config.head_duration)
+
+
+def _check_range(flag: str, value: int, *, low: int) -> None:
+    if value < low:
+        raise UserError(f"{flag} cannot be used", got=value, expected=f"{low} or more")
+
+
+def parse_flags(argv: Sequence[str], *, default: RunConfig, description: str) -> RunConfig:
+    """The recipe's configuration with the flags of the command line in place.
+
+    Exits with code 2 after one message where the flags cannot be read (the way of the command-line library).
+    """
+    return tyro.cli(RunConfig, args=list(argv), default=default, description=description)

@@ -1,0 +1,140 @@
+"""The seams of the project: what flows between its parts, and what each exchangeable part promises.
+
+Shape letters used everywhere: N images of a micro-batch, C channels, H height, W width, L tokens, K classes.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from skd_dist.plan import OptimizerSpec, StagePlan, StageSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One micro-batch, as the loader yields it: decoded once, augmented once, seen alike by teacher and student."""
+
+    images: Tensor
+    """uint8 [N, 3, H, W], 0..255; each model normalises for itself."""
+    labels: Tensor
+    """int64 [N], 0..K-1."""
+    valid: Tensor
+    """bool [N]; False marks padding that must not count."""
+    keys: tuple[str, ...]
+    """N sample keys, to name a sample in an error."""
+
+
+Outputs = Mapping[str, Tensor]
+"""What a model gave, by *teacher* group name (the student's features are already adapted): [N, C, H, W] for maps,
+[N, L, C] for tokens; under `plan.LOGITS` the logits [N, K]. A plain mapping: ZeRO 3 must see the tensors in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class LossTerm:
+    """One term of an objective, not yet reduced."""
+
+    per_sample: Tensor
+    """float32 [N]."""
+    weight: float = 1.0
+
+
+LossTerms = Mapping[str, LossTerm]
+"""Term name (`feature_mse/stage1`, `cross_entropy`) -> term. The loop weights, masks and reduces; a method never."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanContext:
+    """All a method may look at when it writes its plan: names and durations, no tensors."""
+
+    student_groups: tuple[str, ...]
+    """In network order; the last is `head`."""
+    teacher_groups: tuple[str, ...] | None
+    matching: tuple[tuple[tuple[str, ...], str], ...]
+    """((student groups trained together, last of them compared), teacher group), in network order, head left out."""
+    stage_steps: int
+    head_steps: int
+    optimizer: OptimizerSpec
+    """For every stage; a method with needs of its own derives from it."""
+
+
+class Method(Protocol):
+    """The objective of a run: which stages there are, and the loss of each."""
+
+    @property
+    def name(self) -> str: ...
+
+    def plan(self, context: PlanContext) -> StagePlan: ...
+
+    def loss(self, stage: StageSpec, student: Outputs, teacher: Outputs, batch: Batch) -> LossTerms: ...
+
+
+class TeacherLink(Protocol):
+    """The student's end of the way to the teacher.
+
+    The caller submits request i + depth and takes answer i at one fixed point of its step, so that both sides agree on
+    the order. Answers of a frozen teacher do not depend on when they are computed: running ahead is exact.
+    """
+
+    def submit(self, request_id: int, images: Tensor, outputs: Sequence[str]) -> None:
+        """Ask for outputs of one micro-batch. images: uint8 [N, 3, H, W], never merged with others or split."""
+        ...
+
+    def take(self, request_id: int) -> Outputs:
+        """Wait for that answer; tensors in the teacher's dtype on the student's device."""
+        ...
+
+    def stats(self) -> Mapping[str, float]:
+        """Counters since the last call: `wait_s`, `bytes`, `teacher_images`, `teacher_busy_s`."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Engine(Protocol):
+    """One stage's trainer: the module, its optimizer, and whatever makes many processes one."""
+
+    module: nn.Module
+    """The StageModule; under ZeRO 3 its parameters are partitioned between calls."""
+
+    def forward(self, images: Tensor) -> Outputs:
+        """Run the stage module on uint8 images [N, 3, H, W] of this rank's micro-batch."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients of a scalar; the engine divides by the number of micro-steps."""
+        ...
+
+    def step(self, learning_rate: float) -> None:
+        """Update after the last micro-step of a step, and clear the gradients."""
+        ...
+
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
+        """Sum float64 [M] over the students, the same result on all."""
+        ...
+
+    def full_state(self) -> dict[str, Tensor]:
+        """All parameters and buffers of the module by name, whole, on the CPU, the same on every student.
+
+        Floating-point buffers (BatchNorm statistics) are averaged over the students; the live module is untouched.
+        Collective.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+class Tracker(Protocol):
+    """Where a run is written down for people. Every method returns soon and never raises for a broken server."""
+
+    def start_child(self, name: str, params: Mapping[str, Any]) -> None: ...
+
+    def log_metrics(self, values: Mapping[str, float], *, step: int, child: bool) -> None: ...
+
+    def end_child(self, status: str) -> None: ...
+
+    def end(self, status: str) -> None: ...
+
+
+BatchStream = Iterator[Batch]

@@ -1,0 +1,121 @@
+"""What a run would do, without doing it: plan, matching, roles, and what each stage costs.
+
+Nothing is written or downloaded and no weights are needed: models are built without storage, and shards without an
+index are scanned in memory.
+"""
+
+import dataclasses
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from skd_dist.config import RunConfig
+from skd_dist.models.cost import GroupCost, group_costs
+from skd_dist.models.cut import ModelCut
+from skd_dist.plan import StageSpec
+from skd_dist.prepare import DIGITS, Prepared, prepare_run, unpack_embedded_data
+from skd_dist.roles import RoleMap, World
+from skd_dist.runner import roles_of
+
+
+def describe_runs(configs: Sequence[RunConfig], *, world: World) -> str:
+    """The text of --dry-run for all runs of a launch.
+
+    Raises:
+        UserError: whatever would stop the run before its first tensor.
+    """
+    return "\n\n".join(_describe(config, roles_of(config, world), world) for config in configs)
+
+
+def _describe(config: RunConfig, roles: RoleMap, world: World) -> str:
+    with tempfile.TemporaryDirectory() as scratch:
+        prepared = _prepare_without_traces(config, roles, Path(scratch))
+    return "\n".join([_header(prepared), _roles(roles, world), _matching(prepared), _stages(prepared)])
+
+
+def _prepare_without_traces(config: RunConfig, roles: RoleMap, scratch: Path) -> Prepared:
+    """Embedded digits go to a scratch directory that is removed; indexes stay in memory."""
+    if config.train_shards.startswith(DIGITS):
+        config = dataclasses.replace(config, run_dir=scratch / "run")
+        unpack_embedded_data(config)
+    return prepare_run(config, num_students=len(roles.student_ranks), keep_index=False)
+
+
+def _header(prepared: Prepared) -> str:
+    config, splits, shape = prepared.config, prepared.splits, prepared.shape
+    return (
+        f"run       {config.name}: {config.method}, {config.teacher or 'no teacher'} -> {config.student}\n"
+        f"samples   {len(splits.train_ids)} of {splits.train.num_samples} (fraction {config.fraction:g}), "
+        f"digest {splits.digest[:12]}; validation {splits.val.num_samples}\n"
+        f"batch     {shape.global_batch_size} = {shape.micro_batch_size} per forward x {shape.grad_accum_steps} "
+        f"micro-steps x {shape.num_students} students\n"
+        f"plan      {len(prepared.plan.stages)} stages, "
+        f"{sum(stage.num_steps for stage in prepared.plan.stages)} steps, digest {prepared.plan.digest()[:12]}"
+    )
+
+
+def _roles(roles: RoleMap, world: World) -> str:
+    lines = ["roles"]
+    for rank in range(roles.world_size):
+        node, device = divmod(rank, world.ranks_per_node)
+        asks = f", asks teachers {list(roles.teachers_of(rank))}" if roles.role_of(rank) == "student" else ""
+        lines.append(f"  rank {rank}  node {node} device {device}  {roles.role_of(rank)} {roles.role_rank(rank)}{asks}")
+    return "\n".join(lines)
+
+
+def _matching(prepared: Prepared) -> str:
+    if prepared.models.teacher is None:
+        return "matching  no teacher"
+    rows = [("student groups", "feature", "teacher group", "feature")]
+    for students, teacher in prepared.models.matching:
+        rows.append(
+            (
+                " + ".join(students),
+                _shape_text(prepared.models.student, students[-1]),
+                teacher,
+                _shape_text(prepared.models.teacher, teacher),
+            )
+        )
+    return _table(rows)
+
+
+def _shape_text(cut: ModelCut, group: str) -> str:
+    feature = cut.group(group).feature
+    return "-" if feature is None else f"{feature.layout} {'x'.join(map(str, feature.shape))}"
+
+
+def _stages(prepared: Prepared) -> str:
+    models = prepared.models
+    student = {cost.name: cost for cost in group_costs(models.student)}
+    teacher = {cost.name: cost for cost in group_costs(models.teacher)} if models.teacher else {}
+    rows = [("stage", "steps", "trains", "params", "student MFLOPs", "teacher MFLOPs", "link KiB/image")]
+    for stage in prepared.plan.stages:
+        rows.append(
+            (
+                stage.name,
+                str(stage.num_steps),
+                "+".join(stage.trains),
+                f"{sum(student[name].num_params for name in stage.trains):,}",
+                f"{_flops(student, _student_reach(stage)) / 1e6:,.1f}",
+                f"{_flops(teacher, stage.teacher_outputs) / 1e6:,.1f}",
+                f"{sum(teacher[name].feature_bytes_per_image() for name in stage.teacher_outputs) / 1024:,.1f}",
+            )
+        )
+    return _table(rows) + "\n(FLOPs and bytes per image; forward pass; link at 2 bytes a value)"
+
+
+def _student_reach(stage: StageSpec) -> tuple[str, ...]:
+    return ("head",) if stage.student_logits else tuple(tap.student for tap in stage.taps)
+
+
+def _flops(costs: dict[str, GroupCost], reach: Sequence[str]) -> int:
+    """FLOPs up to the deepest group of `reach`."""
+    names = list(costs)
+    deepest = max((names.index(name) for name in reach), default=-1)
+    return sum(costs[name].flops_per_image for name in names[: deepest + 1])
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(f"  {line.rstrip()}" for line in lines)

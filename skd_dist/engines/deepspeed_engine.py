@@ -1,0 +1,167 @@
+"""DeepSpeedEngine: a stage under ZeRO 0 to 3. The only file that imports deepspeed.
+
+DeepSpeed sees a world of students only: the job has made the default process group of them and has rewritten RANK and
+WORLD_SIZE before deepspeed is imported, which therefore happens when the first engine is made. Every stage gets a new
+engine on a new module, because DeepSpeed fixes the trainable parameters when the engine is made.
+
+Left out: `save_checkpoint` and `load_checkpoint`; a stage result is written from `full_state` and needs no DeepSpeed.
+"""
+
+import gc
+import os
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from skd_dist.contracts import Outputs
+from skd_dist.engines.collectives import all_reduce_sum, full_state
+from skd_dist.engines.deepspeed_config import autocast_dtype, complete_config
+from skd_dist.engines.process_environment import environment
+from skd_dist.errors import UserError
+from skd_dist.optim import make_optimizer
+from skd_dist.plan import OptimizerSpec
+
+
+class DeepSpeedEngine:
+    """`contracts.Engine` on DeepSpeed.
+
+    Args:
+        module: the stage module, freshly built; its trainable parameters are those with `requires_grad`.
+        config: from `load_deepspeed_config`.
+        optimizer: of the stage.
+        micro_batch_size: images per student and micro-step, > 0.
+        grad_accum_steps: forward/backward pairs per `step`, > 0.
+        num_students: size of the default process group, which must exist.
+        device: of this process; on CUDA that of LOCAL_RANK, which DeepSpeed takes it from.
+
+    Raises:
+        UserError: DeepSpeed refuses the configuration.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        config: Mapping[str, Any],
+        optimizer: OptimizerSpec,
+        micro_batch_size: int,
+        grad_accum_steps: int,
+        num_students: int,
+        device: torch.device,
+    ) -> None:
+        autocast_dtype(config)
+        self._deepspeed = _import_deepspeed(device)
+        complete = complete_config(
+            config,
+            optimizer=optimizer,
+            micro_batch_size=micro_batch_size,
+            grad_accum_steps=grad_accum_steps,
+            num_students=num_students,
+        )
+        self._check_config(complete)
+        trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self._optimizer = make_optimizer(trainable, optimizer)
+        self._engine = self._deepspeed.initialize(
+            model=module, optimizer=self._optimizer, model_parameters=trainable, config=complete
+        )[0]
+        self.module = module
+        self._grad_accum_steps = grad_accum_steps
+        self._num_students = num_students
+        self._device = device
+        self._micro_step = 0
+        if self._engine.zero_optimization_stage() == 3:
+            self._register_bypassed_parameters()
+
+    def forward(self, images: Tensor) -> Outputs:
+        outputs: Outputs = self._engine(images)
+        return outputs
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss)
+        self._micro_step += 1
+        if self._micro_step < self._grad_accum_steps:
+            # DeepSpeed counts micro-steps by calls of step(), which updates on the last one only.
+            self._engine.step()
+
+    def step(self, learning_rate: float) -> None:
+        assert self._micro_step == self._grad_accum_steps, f"step after {self._micro_step} micro-steps"
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+        self._micro_step = 0
+
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
+        return all_reduce_sum(values, num_students=self._num_students, device=self._device)
+
+    def full_state(self) -> dict[str, Tensor]:
+        return full_state(
+            self.module,
+            num_students=self._num_students,
+            device=self._device,
+            gather=self._deepspeed.zero.GatheredParameters,
+        )
+
+    def close(self) -> None:
+        self._engine.destroy()
+        self._forget_module()
+        del self._engine, self._optimizer, self.module
+        # The engine, its hooks and the module refer to each other in circles, and hold the whole stage's memory.
+        gc.collect()
+
+    def _check_config(self, complete: dict[str, Any]) -> None:
+        from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+
+        self._deepspeed.init_distributed(dist_init_required=None, auto_mpi_discovery=False, verbose=False)
+        try:
+            DeepSpeedConfig(complete)
+        except (ValueError, DeepSpeedConfigError) as cause:
+            raise UserError("DeepSpeed refuses the configuration", got=cause, do="mend the DeepSpeed config") from cause
+
+    def _register_bypassed_parameters(self) -> None:
+        """Have ZeRO 3 gather, for each forward pass of the stage module, what no other hook would gather in time.
+
+        ZeRO 3 gathers a submodule's own parameters when its `forward` runs. A timm model is run by
+        `forward_intermediates`, so those of its root (`cls_token`, `pos_embed`) would be seen empty. Any submodule with
+        children may be run in such a way; the parameters they own themselves are few and small.
+        """
+        for submodule in self.module.modules():
+            if submodule is not self.module and next(submodule.children(), None) is not None:
+                for parameter in submodule.parameters(recurse=False):
+                    self._deepspeed.zero.register_external_parameter(self.module, parameter)
+
+    def _forget_module(self) -> None:
+        """Drop what `destroy` leaves in DeepSpeed's own globals at ZeRO 3: a whole stage each, module and moments.
+
+        Every root module is appended to a global stack and never taken off, and methods of the parameter coordinator
+        are cached on its class, with the coordinator as a key.
+        """
+        from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+        from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+        FWD_MODULE_STACK[:] = [module for module in FWD_MODULE_STACK if module is not self.module]
+        for method in vars(PartitionedParameterCoordinator).values():
+            if hasattr(method, "cache_clear"):
+                method.cache_clear()
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    """Import deepspeed for this device, without a compiler, without noise, and ready to make an engine."""
+    if device.type == "cpu":
+        # Otherwise a machine that has a GPU would use it against our will.
+        with environment(DS_ACCELERATOR="cpu"):
+            import deepspeed
+        # DeepSpeed would compile its shared-memory operation here, and fail where there is no compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    import deepspeed
+
+    # DeepSpeed asserts that a launcher has set it; a single process may have none.
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
+    for message, category in (
+        (r"`torch\.distributed\.\w+` is deprecated", FutureWarning),
+        (r"`torch\.jit\.\w+` is deprecated", DeprecationWarning),
+    ):
+        warnings.filterwarnings("ignore", message=message, category=category)
+    return deepspeed

@@ -1,0 +1,75 @@
+"""Exact evaluation: every sample of a split counts once, on any number of students.
+
+The loader pads the last batches so that all students take the same number of steps; padding is masked here. What is
+measured is a plain module in eval mode, never an engine, so ZeRO and precision settings cannot change a result.
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from skd_dist.contracts import Batch, Method, Outputs
+from skd_dist.link.ask_ahead import AskAhead
+from skd_dist.losses import cross_entropy
+from skd_dist.meters import Meter
+from skd_dist.plan import LOGITS, StageSpec
+from skd_dist.stage_loop import add_variances, to_device, with_nmse
+
+Predict = Callable[[Batch, Outputs], Tensor]
+"""Batch on the device and the teacher's outputs -> logits [N, K]."""
+
+
+def evaluate_logits(
+    predict: Predict, *, stream: Iterable[tuple[Batch, Outputs]], device: torch.device
+) -> dict[str, float]:
+    """Top-1 accuracy and cross-entropy over a split.
+
+    Returns:
+        `top1_frac` (0..1) and `cross_entropy`, equal on all students. Collective.
+    """
+    meter = Meter()
+    with torch.inference_mode():
+        for cpu_batch, targets in stream:
+            batch = to_device(cpu_batch, device)
+            _add_classification(meter, predict(batch, targets), batch)
+    return meter.reduce()
+
+
+def evaluate_stage(
+    module: nn.Module,
+    *,
+    stage: StageSpec,
+    method: Method,
+    batches: Iterable[Batch],
+    ask: AskAhead,
+    device: torch.device,
+) -> dict[str, float]:
+    """The stage's own objective on a split: loss terms, NMSE, and accuracy where the stage has logits.
+
+    Args:
+        module: a plain StageModule on the device.
+
+    Returns:
+        `val/loss`, `val/<term>`, `val/nmse/<group>`, `val/top1_frac`; equal on all students. Collective.
+    """
+    module.eval()
+    meter = Meter()
+    with torch.inference_mode():
+        for cpu_batch, targets in ask.stream(batches, stage.teacher_outputs):
+            batch = to_device(cpu_batch, device)
+            outputs = module(batch.images)
+            terms = method.loss(stage, outputs, targets, batch)
+            for name, term in terms.items():
+                meter.add_samples(name, term.per_sample, batch.valid)
+            objective = torch.stack([term.weight * term.per_sample for term in terms.values()]).sum(0)
+            meter.add_samples("loss", objective, batch.valid)
+            add_variances(meter, targets, batch.valid)
+            if LOGITS in outputs:
+                _add_classification(meter, outputs[LOGITS], batch)
+    return {f"val/{name}": value for name, value in with_nmse(meter.reduce(), stage).items()}
+
+
+def _add_classification(meter: Meter, logits: Tensor, batch: Batch) -> None:
+    meter.add_samples("top1_frac", (logits.argmax(1) == batch.labels).float(), batch.valid)
+    meter.add_samples("cross_entropy", cross_entropy(logits, batch.labels), batch.valid)

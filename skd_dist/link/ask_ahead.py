@@ -1,0 +1,64 @@
+"""Running ahead of the student: a stream of batches becomes a stream of (batch, teacher outputs).
+
+The request of batch i + depth is sent at the moment the answer to batch i is taken, which is the one fixed point of a
+step at which student and teacher talk. A frozen teacher's answer does not depend on when it is computed, so any depth
+gives the same result; 0 asks and waits.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from skd_dist.contracts import Batch, Outputs, TeacherLink
+
+
+class AskAhead:
+    """One student's requests over one run, numbered through all its stages.
+
+    Args:
+        link: the way to the teacher; None where the run has none.
+        depth: requests under way while the student trains, >= 0.
+    """
+
+    def __init__(self, link: TeacherLink | None, *, depth: int) -> None:
+        self._link = link
+        self._depth = depth
+        self._next_id = 0
+        self._data_wait_s = 0.0
+
+    def stream(self, batches: Iterable[Batch], outputs: Sequence[str]) -> Iterator[tuple[Batch, Outputs]]:
+        """Every batch with the teacher outputs asked for, in order; without outputs the teacher is left alone."""
+        if not outputs:
+            for batch in self._timed(batches):
+                yield batch, {}
+            return
+        assert self._link is not None, "a stage that needs a teacher passed check_plan"
+        waiting: deque[tuple[int, Batch]] = deque()
+        for batch in self._timed(batches):
+            self._link.submit(self._next_id, batch.images, outputs)
+            waiting.append((self._next_id, batch))
+            self._next_id += 1
+            if len(waiting) > self._depth:
+                yield self._answered(*waiting.popleft())
+        while waiting:
+            yield self._answered(*waiting.popleft())
+
+    def _answered(self, request_id: int, batch: Batch) -> tuple[Batch, Outputs]:
+        assert self._link is not None
+        return batch, self._link.take(request_id)
+
+    def _timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        source = iter(batches)
+        while True:
+            started = time.perf_counter()
+            batch = next(source, None)
+            self._data_wait_s += time.perf_counter() - started
+            if batch is None:
+                return
+            yield batch
+
+    def stats(self) -> Mapping[str, float]:
+        """The link's counters since the last call, and `data_wait_s`."""
+        link_stats = dict(self._link.stats()) if self._link is not None else {}
+        data_wait_s, self._data_wait_s = self._data_wait_s, 0.0
+        return {**link_stats, "data_wait_s": data_wait_s}

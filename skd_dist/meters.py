@@ -1,0 +1,50 @@
+"""Sums and counts of named values, kept per process, reduced over the students only when somebody reads them.
+
+A mean over ranks is sum over ranks / count over ranks; means are never averaged. The order of the names is the order of
+first use, which is the same on every student because all run the same loop.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def sum_over_students(values: Tensor) -> Tensor:
+    """Add up a float64 [M] over all students (the default process group); the same result on each. Collective."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return values
+    on_gpu = dist.get_backend() == "nccl"
+    moved = values.cuda() if on_gpu else values.clone()
+    dist.all_reduce(moved)
+    return moved.cpu()
+
+
+class Meter:
+    """Named (sum, count) pairs of one reporting window; per-sample values stay on their device until read."""
+
+    def __init__(self) -> None:
+        self._totals: dict[str, Tensor] = {}
+
+    def add(self, name: str, total: float, count: float) -> None:
+        """Add `count` observations (or units of whatever `total` is divided by) that sum to `total`."""
+        self._accumulate(name, torch.tensor([total, count], dtype=torch.float64))
+
+    def add_samples(self, name: str, per_sample: Tensor, valid: Tensor) -> None:
+        """Add the valid ones of [N] values; no host synchronisation."""
+        values = per_sample.detach().double()
+        kept = torch.where(valid, values, torch.zeros_like(values))
+        self._accumulate(name, torch.stack([kept.sum(), valid.sum().double()]))
+
+    def _accumulate(self, name: str, pair: Tensor) -> None:
+        self._totals[name] = self._totals[name] + pair if name in self._totals else pair
+
+    def reduce(self) -> dict[str, float]:
+        """Mean of every name over all students, and a fresh start. Collective: all students call it together."""
+        totals, self._totals = self._totals, {}
+        if not totals:
+            return {}
+        summed = sum_over_students(torch.stack([pair.cpu() for pair in totals.values()]).reshape(-1)).reshape(-1, 2)
+        return {
+            name: float(total / count) if count else float("nan")
+            for name, (total, count) in zip(totals, summed, strict=True)
+        }

@@ -1,0 +1,41 @@
+"""No teacher: the whole student learns from labels, for as many steps as SKD would take in all its stages.
+
+The comparator every distillation must beat. The published one trained for a sixth of the steps; equal steps are fair.
+The same objective for `--head-duration` alone is how a teacher is trained.
+"""
+
+from dataclasses import dataclass
+
+from skd_dist.contracts import Batch, LossTerm, LossTerms, Outputs, PlanContext
+from skd_dist.losses import cross_entropy
+from skd_dist.plan import LOGITS, StagePlan, StageSpec
+
+
+def whole_budget(context: PlanContext) -> int:
+    """Steps of all stages together: the budget of a method that trains everything at once."""
+    return len(context.matching) * context.stage_steps + context.head_steps
+
+
+@dataclass(frozen=True, slots=True)
+class NoTeacher:
+    """One stage, everything trains, cross-entropy."""
+
+    name: str = "no_teacher"
+    equal_budget: bool = True
+    """Whether it takes the steps of all SKD stages together, or those of the head stage alone."""
+
+    def plan(self, context: PlanContext) -> StagePlan:
+        """A single stage over the budget."""
+        stage = StageSpec(
+            index=0,
+            name="all",
+            trains=context.student_groups,
+            student_logits=True,
+            num_steps=whole_budget(context) if self.equal_budget else context.head_steps,
+            optimizer=context.optimizer,
+        )
+        return StagePlan(method=self.name, stages=(stage,))
+
+    def loss(self, stage: StageSpec, student: Outputs, teacher: Outputs, batch: Batch) -> LossTerms:
+        """Cross-entropy with the labels."""
+        return {"cross_entropy": LossTerm(cross_entropy(student[LOGITS], batch.labels))}

@@ -1,0 +1,41 @@
+"""Simultaneous: all stages at once, the mean of cross-entropy and every stage's feature MSE.
+
+Reference: the "proposed baseline" of Kulkarni et al., arXiv 1911.06786, whose sum over six terms is divided by six;
+with another number of taps the divisor follows. Here it has the step budget of all SKD stages together.
+"""
+
+from dataclasses import dataclass
+
+from skd_dist.contracts import Batch, LossTerm, LossTerms, Outputs, PlanContext
+from skd_dist.losses import cross_entropy, feature_mse
+from skd_dist.methods.no_teacher import whole_budget
+from skd_dist.plan import LOGITS, StagePlan, StageSpec, Tap
+
+
+@dataclass(frozen=True, slots=True)
+class Simultaneous:
+    """One stage, everything trains, all taps and the labels together."""
+
+    name: str = "simultaneous"
+
+    def plan(self, context: PlanContext) -> StagePlan:
+        """A single stage over the whole budget, with a tap at every matched group."""
+        stage = StageSpec(
+            index=0,
+            name="all",
+            trains=context.student_groups,
+            taps=tuple(Tap(student=groups[-1], teacher=teacher) for groups, teacher in context.matching),
+            student_logits=True,
+            num_steps=whole_budget(context),
+            optimizer=context.optimizer,
+        )
+        return StagePlan(method=self.name, stages=(stage,))
+
+    def loss(self, stage: StageSpec, student: Outputs, teacher: Outputs, batch: Batch) -> LossTerms:
+        """Every term with weight 1 / (number of taps + 1)."""
+        weight = 1.0 / (len(stage.taps) + 1)
+        terms = {
+            f"feature_mse/{tap.teacher}": LossTerm(feature_mse(student[tap.teacher], teacher[tap.teacher]), weight)
+            for tap in stage.taps
+        }
+        return {**terms, "cross_entropy": LossTerm(cross_entropy(student[LOGITS], batch.labels), weight)}

@@ -1,0 +1,162 @@
+"""What is trained, in which order, against what: the plan of a run, as frozen plain data.
+
+A method writes a plan from the groups of the two models; `check_plan` looks at it whole before any tensor exists; the
+runner walks it. A stage is a value: the loop has no branch for "which stage is this".
+
+The words: a *group* is a named part of a model (`stem`, `stage1` ... `head`); a *tap* is a pair of groups whose outputs
+are compared; a *stage* is one training phase with one engine, one optimizer and one result file.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from skd_dist.errors import UserError
+
+LOGITS = "logits"
+"""Name of the classifier output in requests to the teacher; every other name is a group."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerSpec:
+    """Optimizer and learning-rate schedule of one stage."""
+
+    name: Literal["adam", "adamw", "sgd"] = "adam"
+    learning_rate: float = 1e-3
+    """Peak of the schedule, > 0."""
+    weight_decay: float = 0.0
+    momentum: float = 0.9
+    """Of SGD; Adam keeps its usual (0.9, 0.999)."""
+    schedule: Literal["constant", "one_cycle", "cosine"] = "constant"
+    warmup_frac: float = 0.0
+    """Share of the stage's steps spent rising linearly to the peak, 0..1 (one_cycle has its own rise)."""
+
+    def __post_init__(self) -> None:
+        if not self.learning_rate > 0:
+            raise UserError("learning rate cannot be used", got=self.learning_rate, expected="a number above 0")
+        if not 0 <= self.warmup_frac < 1:
+            raise UserError("warm-up share cannot be used", got=self.warmup_frac, expected="0 <= warmup_frac < 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tap:
+    """A student group whose output is compared with a teacher group's."""
+
+    student: str
+    teacher: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageSpec:
+    """One training phase."""
+
+    index: int
+    name: str
+    trains: tuple[str, ...]
+    """Student groups whose parameters move; everything else is frozen in this stage."""
+    taps: tuple[Tap, ...] = ()
+    student_logits: bool = False
+    """Whether the student runs to its logits."""
+    teacher_logits: bool = False
+    """Whether the teacher is asked for its logits."""
+    num_steps: int
+    """Optimizer steps, > 0."""
+    optimizer: OptimizerSpec
+
+    def __post_init__(self) -> None:
+        if self.num_steps <= 0:
+            raise UserError(f"stage {self.name} has no steps", got=self.num_steps, expected="more than 0")
+
+    @property
+    def teacher_outputs(self) -> tuple[str, ...]:
+        """What the teacher is asked for, in network order; empty where the stage needs no teacher."""
+        return tuple(tap.teacher for tap in self.taps) + ((LOGITS,) if self.teacher_logits else ())
+
+    @property
+    def directory_name(self) -> str:
+        """`00-stem`: sorts in training order."""
+        return f"{self.index:02d}-{self.name}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StagePlan:
+    """All stages of a run, in order."""
+
+    method: str
+    stages: tuple[StageSpec, ...]
+
+    @property
+    def needs_teacher(self) -> bool:
+        return any(stage.teacher_outputs for stage in self.stages)
+
+    def digest(self) -> str:
+        """sha256 over the plan's content: equal plans have equal digests in any process."""
+        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+def check_plan(
+    plan: StagePlan, *, student_groups: Mapping[str, Sequence[str]], teacher_groups: Sequence[str] | None
+) -> None:
+    """Refuse a plan that cannot be trained, before any tensor exists.
+
+    Args:
+        plan: what a method wrote.
+        student_groups: group name -> names of the student's parameters in it.
+        teacher_groups: names of the teacher's groups; None where the run has no teacher.
+
+    Raises:
+        UserError: a parameter trained in no stage or in two, an unknown group, a tap without a teacher, an empty plan.
+    """
+    if not plan.stages:
+        raise UserError(f"method {plan.method} wrote a plan without stages", do="check the method")
+    for position, stage in enumerate(plan.stages):
+        if stage.index != position:
+            raise UserError(f"stage {stage.name}: wrong index", got=stage.index, expected=position)
+        _check_names(stage, student_groups, teacher_groups)
+    _check_coverage(plan, student_groups)
+
+
+def _check_names(
+    stage: StageSpec, student_groups: Mapping[str, Sequence[str]], teacher_groups: Sequence[str] | None
+) -> None:
+    known = ", ".join(student_groups)
+    for group in (*stage.trains, *(tap.student for tap in stage.taps)):
+        if group not in student_groups:
+            raise UserError(f"stage {stage.name}: the student has no such group", got=group, expected=known)
+    if not any(student_groups[group] for group in stage.trains):
+        raise UserError(
+            f"stage {stage.name}: nothing to train", got=list(stage.trains), expected="groups with parameters"
+        )
+    if stage.teacher_outputs and teacher_groups is None:
+        raise UserError(f"stage {stage.name} needs a teacher", do="give --teacher")
+    for tap in stage.taps:
+        if tap.teacher not in (teacher_groups or ()):
+            raise UserError(
+                f"stage {stage.name}: the teacher has no such group",
+                got=tap.teacher,
+                expected=", ".join(teacher_groups or ()),
+            )
+
+
+def _check_coverage(plan: StagePlan, student_groups: Mapping[str, Sequence[str]]) -> None:
+    trained_by: dict[str, str] = {}
+    for stage in plan.stages:
+        for group in stage.trains:
+            for parameter in student_groups[group]:
+                if parameter in trained_by:
+                    raise UserError(
+                        f"student parameter {parameter} is trained in two stages",
+                        got=f"{trained_by[parameter]} and {stage.name}",
+                        expected="exactly one stage for every parameter",
+                    )
+                trained_by[parameter] = stage.name
+    forgotten = [p for parameters in student_groups.values() for p in parameters if p not in trained_by]
+    if forgotten:
+        raise UserError(
+            f"student parameter {forgotten[0]} is trained in no stage",
+            got=f"{len(forgotten)} such parameters",
+            expected="exactly one stage for every parameter",
+        )

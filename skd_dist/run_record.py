@@ -1,0 +1,94 @@
+"""The files of a run that say what it is and what it came to: config.json first, summary.json last.
+
+Only global rank 0 writes them. `config.json` fixes the identity of the run directory: another plan, data set, teacher
+or student may not continue in it. Success is `summary.json` with status `finished`, not an exit code.
+"""
+
+import dataclasses
+import json
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from skd_dist import __version__
+from skd_dist.checkpoint import write_json
+from skd_dist.errors import UserError
+from skd_dist.prepare import Prepared
+
+
+def identity_of(prepared: Prepared, *, teacher_digest: str | None) -> dict[str, Any]:
+    """What may not change when a run is continued."""
+    config = prepared.config
+    return {
+        "method": config.method,
+        "student": config.student,
+        "teacher": config.teacher,
+        "teacher_digest": teacher_digest,
+        "data_digest": prepared.splits.digest,
+        "plan_digest": prepared.plan.digest(),
+        "fraction": config.fraction,
+        "seed": config.seed,
+        "image_size": config.image_size,
+        "num_classes": config.num_classes,
+        "global_batch_size": config.global_batch_size,
+        "stage_weights": config.stage_weights,
+        "frozen_batchnorm": config.frozen_batchnorm,
+    }
+
+
+def open_run_directory(prepared: Prepared, *, teacher_digest: str | None) -> str:
+    """Claim the run directory, or find that it is this run's.
+
+    Returns:
+        The run key: made once, the same whenever the run is continued.
+
+    Raises:
+        UserError: it holds a run and --resume was not given, it holds another run (the fields that differ are named),
+            or --resume was given and it holds none.
+    """
+    config = prepared.config
+    path = config.run_dir / "config.json"
+    identity = identity_of(prepared, teacher_digest=teacher_digest)
+    if not path.exists():
+        if config.resume:
+            raise UserError(f"--resume: no run in {config.run_dir}", do="start it without --resume")
+        return _claim(path, prepared, identity)
+    found = json.loads(path.read_text())
+    if not config.resume:
+        raise UserError(
+            f"{config.run_dir} already holds a run", do="give --resume to continue it, or another --run-dir"
+        )
+    differing = [
+        f"{name} {found['identity'].get(name)} -> {value}"
+        for name, value in identity.items()
+        if found["identity"].get(name) != value
+    ]
+    if differing:
+        raise UserError(
+            f"{config.run_dir} holds another run",
+            got=", ".join(differing),
+            do="give the flags of that run, or another --run-dir",
+        )
+    key: str = found["run_key"]
+    return key
+
+
+def _claim(path: Path, prepared: Prepared, identity: Mapping[str, Any]) -> str:
+    key = uuid.uuid4().hex
+    write_json(
+        path,
+        {
+            "run_key": key,
+            "identity": dict(identity),
+            "config": prepared.config.to_json(),
+            "plan": dataclasses.asdict(prepared.plan),
+            "version": __version__,
+        },
+    )
+    return key
+
+
+def write_summary(run_dir: Path, summary: Mapping[str, Any]) -> None:
+    """The machine-readable result of the run."""
+    write_json(run_dir / "summary.json", summary)

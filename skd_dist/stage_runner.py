@@ -1,0 +1,243 @@
+"""One stage of a run, from the student's state before it to its published result.
+
+    state -> fresh StageModule -> engine -> run_stage -> averaged whole state -> frozen part unmoved? -> stage result
+
+Every student walks through here in step; rank 0 alone writes files and tracks. What a stage leaves behind is a file, so
+it makes no difference whether the stage before it ran in this process or in an earlier launch.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skd_dist import __version__
+from skd_dist.checkpoint import write_stage_result
+from skd_dist.contracts import Batch
+from skd_dist.data.images import ImageTransform
+from skd_dist.data.loader import ShardDataset, eval_batches, train_batches
+from skd_dist.display import RunDisplay
+from skd_dist.engines import EngineSpec, make_engine
+from skd_dist.evaluate import evaluate_stage
+from skd_dist.link.ask_ahead import AskAhead
+from skd_dist.models.create import weights_digest
+from skd_dist.plan import StageSpec
+from skd_dist.prepare import Prepared
+from skd_dist.stage_loop import StageReport, join_reports, mean_nmse, run_stage
+from skd_dist.student import StageModule, build_stage_module, student_part
+from skd_dist.tracking.protocol import RunTracker
+
+State = dict[str, Tensor]
+
+REPORTS_PER_STAGE = 50
+"""Points of a stage's curves: enough to see its shape, few enough for any store."""
+
+EVALUATIONS_PER_STAGE = 10
+"""How often `--stage-weights best` looks at the validation loss; the published code looks once per epoch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentSide:
+    """What every stage of a run needs, made once per run."""
+
+    prepared: Prepared
+    student_rank: int
+    device: torch.device
+    engine_spec: EngineSpec
+    ask: AskAhead
+    tracker: RunTracker
+    display: RunDisplay
+    teacher_digest: str | None
+    num_done: int
+    """Stages finished by an earlier launch."""
+
+    @property
+    def writes(self) -> bool:
+        return self.student_rank == 0
+
+    def stage_directory(self, stage: StageSpec) -> Path:
+        return self.prepared.config.run_dir / "stages" / stage.directory_name
+
+
+def train_stage(side: StudentSide, stage: StageSpec, state: State) -> tuple[State, dict[str, Any]]:
+    """One stage from the student's state before it to the state after it, and its entry in the summary."""
+    config, shape = side.prepared.config, side.prepared.shape
+    side.display.start_stage(stage.index, stage.name, stage.num_steps)
+    side.tracker.start_child(stage.name, _stage_params(stage))
+    engine = make_engine(
+        side.engine_spec,
+        stage_module(side, stage, state).to(side.device),
+        optimizer=stage.optimizer,
+        micro_batch_size=shape.micro_batch_size,
+        grad_accum_steps=shape.grad_accum_steps,
+        num_students=shape.num_students,
+        device=side.device,
+    )
+    report: StageReport | None = None
+    chosen, chosen_values = None, {}
+    for steps in _segments(stage, best=config.stage_weights == "best"):
+        part = run_stage(
+            stage,
+            engine=engine,
+            method=side.prepared.method,
+            batches=_train_batches(side, stage, steps),
+            ask=side.ask,
+            steps=steps,
+            global_batch_size=shape.global_batch_size,
+            grad_accum_steps=shape.grad_accum_steps,
+            device=side.device,
+            report_every=max(1, stage.num_steps // REPORTS_PER_STAGE),
+            on_report=lambda step, values: _report(side, stage, step, values),
+        )
+        report = part if report is None else join_reports(report, part)
+        now = engine.full_state()
+        now_values = validate(side, stage, now)
+        _report(side, stage, steps.stop, now_values)
+        if chosen is None or config.stage_weights == "last" or now_values["val/loss"] < chosen_values["val/loss"]:
+            chosen, chosen_values = now, now_values
+    engine.close()
+    assert report is not None and chosen is not None
+    check_frozen(side, stage, before=state, after=student_part(chosen))
+    entry = _summary_entry(stage, report, chosen_values)
+    _publish(side, stage, student_part(chosen), entry)
+    side.display.end_stage({**report.last_values, **chosen_values})
+    side.tracker.end_child("FINISHED")
+    return student_part(chosen), entry
+
+
+def stage_module(side: StudentSide, stage: StageSpec, state: Mapping[str, Tensor]) -> StageModule:
+    """A fresh module of the stage that starts from the student's tensors."""
+    models, config = side.prepared.models, side.prepared.config
+    return build_stage_module(
+        cut=models.student,
+        stage=stage,
+        teacher_cut=models.teacher,
+        frozen_batchnorm=config.frozen_batchnorm,
+        seed=config.seed,
+        start_from=state,
+    )
+
+
+def validate(side: StudentSide, stage: StageSpec, module_state: State) -> dict[str, float]:
+    """The stage's objective on the validation split, with a plain copy of the module."""
+    copy = stage_module(side, stage, student_part(module_state))
+    copy.load_state_dict(module_state, strict=True)
+    return evaluate_stage(
+        copy.to(side.device),
+        stage=stage,
+        method=side.prepared.method,
+        batches=split_batches(side, "val"),
+        ask=side.ask,
+        device=side.device,
+    )
+
+
+def check_frozen(
+    side: StudentSide, stage: StageSpec, *, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
+) -> None:
+    """Hold what the stage does not train against what it was, bit for bit. A difference is a defect of ours."""
+    for group in side.prepared.models.student.groups:
+        if group.name in stage.trains:
+            continue
+        still = group.parameters + (group.buffers if side.prepared.config.frozen_batchnorm == "eval" else ())
+        moved = [name for name in still if name in before and not torch.equal(before[name].cpu(), after[name].cpu())]
+        if moved:
+            raise RuntimeError(f"stage {stage.name}: frozen tensors moved: {', '.join(moved)}")
+
+
+def split_batches(side: StudentSide, split: str, *, limit: int | None = None) -> Iterator[Batch]:
+    """Evaluation batches of this student over `val` or `test`, or over `limit` samples spread evenly over it."""
+    config, shape, splits = side.prepared.config, side.prepared.shape, side.prepared.splits
+    index = splits.val if split == "val" else splits.test
+    assert index is not None
+    count = index.num_samples if limit is None else min(limit, index.num_samples)
+    ids = torch.linspace(0, index.num_samples - 1, count).long().numpy()
+    transform = ImageTransform(image_size=config.image_size, augment=config.augment, train=False)
+    return eval_batches(
+        ShardDataset(index, ids, transform),
+        batch_size=shape.micro_batch_size,
+        student_rank=side.student_rank,
+        num_students=shape.num_students,
+        num_workers=config.num_workers,
+    )
+
+
+def _segments(stage: StageSpec, *, best: bool) -> list[range]:
+    """The stage's steps, cut where the validation loss is looked at."""
+    length = max(1, -(-stage.num_steps // EVALUATIONS_PER_STAGE)) if best else stage.num_steps
+    return [range(first, min(first + length, stage.num_steps)) for first in range(0, stage.num_steps, length)]
+
+
+def _train_batches(side: StudentSide, stage: StageSpec, steps: range) -> Iterator[Batch]:
+    config, shape, splits = side.prepared.config, side.prepared.shape, side.prepared.splits
+    transform = ImageTransform(image_size=config.image_size, augment=config.augment, train=True)
+    return train_batches(
+        ShardDataset(splits.train, splits.train_ids, transform),
+        seed=config.seed,
+        stage_index=stage.index,
+        start_step=steps.start,
+        num_steps=steps.stop,
+        global_batch_size=shape.global_batch_size,
+        micro_batch_size=shape.micro_batch_size,
+        student_rank=side.student_rank,
+        num_students=shape.num_students,
+        num_workers=config.num_workers,
+    )
+
+
+def _report(side: StudentSide, stage: StageSpec, step: int, values: Mapping[str, float]) -> None:
+    """The child counts its own steps; the parent counts those of the whole run."""
+    steps_before = sum(earlier.num_steps for earlier in side.prepared.plan.stages[: stage.index])
+    side.display.update(step, values)
+    side.tracker.log_metrics(values, step=step, child=True)
+    side.tracker.log_metrics(values, step=steps_before + step, child=False)
+
+
+def _stage_params(stage: StageSpec) -> dict[str, Any]:
+    return {
+        "stage_index": stage.index,
+        "trains": ",".join(stage.trains),
+        "taps": ",".join(f"{tap.student}={tap.teacher}" for tap in stage.taps),
+        "num_steps": stage.num_steps,
+        "optimizer": stage.optimizer.name,
+        "learning_rate": stage.optimizer.learning_rate,
+        "schedule": stage.optimizer.schedule,
+        "weight_decay": stage.optimizer.weight_decay,
+    }
+
+
+def _summary_entry(stage: StageSpec, report: StageReport, chosen_values: Mapping[str, float]) -> dict[str, Any]:
+    return {
+        "index": stage.index,
+        "name": stage.name,
+        "steps": stage.num_steps,
+        "loss_first": report.loss_trace[0],
+        "loss_last": report.loss_trace[-1],
+        "nmse_last": mean_nmse(report.last_values),
+        "student_images_per_s": report.num_images / report.seconds,
+        "teacher_wait_frac": report.teacher_wait_s / report.seconds,
+        "data_wait_frac": report.data_wait_s / report.seconds,
+        "val": {name.removeprefix("val/"): value for name, value in chosen_values.items()},
+    }
+
+
+def _publish(side: StudentSide, stage: StageSpec, state: State, entry: Mapping[str, Any]) -> None:
+    if not side.writes:
+        return
+    write_stage_result(
+        side.stage_directory(stage),
+        state,
+        {
+            "stage": {"index": stage.index, "name": stage.name, **_stage_params(stage)},
+            "plan_digest": side.prepared.plan.digest(),
+            "data_digest": side.prepared.splits.digest,
+            "teacher_digest": side.teacher_digest,
+            "weights_digest": weights_digest(state),
+            "parent": side.prepared.plan.stages[stage.index - 1].directory_name if stage.index else None,
+            "versions": {"skd_dist": __version__, "torch": torch.__version__},
+            "summary": entry,
+        },
+    )

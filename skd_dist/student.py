@@ -1,0 +1,119 @@
+"""The student of one stage: frozen part, trained part and adapters in one module with one forward.
+
+Everything that trains in a stage is in here, so that any engine that wraps one module sees all of it. The teacher is
+not in here. A new module is built for every stage; nothing is re-filled.
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from skd_dist.adapters import make_adapter
+from skd_dist.models.create import create_model
+from skd_dist.models.cut import ModelCut, run_cut, set_training
+from skd_dist.plan import LOGITS, StageSpec
+
+MODEL_PREFIX = "model."
+"""Names of the student's own tensors in a StageModule's state; all others belong to adapters."""
+
+
+class StageModule(nn.Module):
+    """A cut model that gives what its stage compares, in the teacher's shapes.
+
+    Args:
+        model: the timm model of `cut`.
+        cut: its groups.
+        stage: what trains and what is compared.
+        teacher_cut: the teacher's groups; None only where the stage has no taps.
+        frozen_batchnorm: `eval` keeps the statistics of frozen BatchNorm layers as they are; `train` lets them drift
+            as the published code does.
+        seed: of the adapters' initial weights.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        cut: ModelCut,
+        stage: StageSpec,
+        teacher_cut: ModelCut | None,
+        frozen_batchnorm: Literal["eval", "train"],
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.adapters = _make_adapters(stage, cut, teacher_cut, seed)
+        self._cut = cut
+        self._stage = stage
+        self._frozen_batchnorm = frozen_batchnorm
+        self.train()
+
+    def train(self, mode: bool = True) -> "StageModule":
+        """Put exactly the trained part in train mode, whoever asks; `train(False)` puts everything in eval mode."""
+        super().train(mode)
+        if mode:
+            set_training(self.model, self._cut, trains=self._stage.trains, frozen_batchnorm=self._frozen_batchnorm)
+        return self
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Run as far as the stage needs.
+
+        Args:
+            images: uint8 [N, 3, H, W].
+
+        Returns:
+            Teacher group name -> adapted feature; LOGITS -> [N, K] where the stage asks for them.
+        """
+        stage = self._stage
+        own = run_cut(
+            self._cut, self.model, images, taps=[tap.student for tap in stage.taps], logits=stage.student_logits
+        )
+        outputs = {tap.teacher: self.adapters[tap.teacher](own[tap.student]) for tap in stage.taps}
+        return {**outputs, LOGITS: own[LOGITS]} if stage.student_logits else outputs
+
+
+def _make_adapters(stage: StageSpec, cut: ModelCut, teacher_cut: ModelCut | None, seed: int) -> nn.ModuleDict:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        adapters = {}
+        for tap in stage.taps:
+            assert teacher_cut is not None, "a plan with taps and without a teacher passed check_plan"
+            source, target = cut.group(tap.student).feature, teacher_cut.group(tap.teacher).feature
+            assert source is not None and target is not None, "the head has no feature"
+            adapters[tap.teacher] = make_adapter(source, target)
+        return nn.ModuleDict(adapters)
+
+
+def student_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The student's own tensors of a StageModule state, under timm's names; adapters are left behind."""
+    return {name.removeprefix(MODEL_PREFIX): value for name, value in state.items() if name.startswith(MODEL_PREFIX)}
+
+
+def build_stage_module(
+    *,
+    cut: ModelCut,
+    stage: StageSpec,
+    teacher_cut: ModelCut | None,
+    frozen_batchnorm: Literal["eval", "train"],
+    seed: int,
+    start_from: Mapping[str, Tensor] | None,
+) -> StageModule:
+    """A fresh module for a stage.
+
+    Args:
+        seed: of the run; initial weights are a function of it and of the stage alone.
+        start_from: the student's tensors after the previous stage; None for the first.
+    """
+    model = create_model(cut.name, num_classes=cut.num_classes, image_size=cut.image_size, seed=seed)
+    if start_from is not None:
+        model.load_state_dict(dict(start_from), strict=True)
+    return StageModule(
+        model,
+        cut=cut,
+        stage=stage,
+        teacher_cut=teacher_cut,
+        frozen_batchnorm=frozen_batchnorm,
+        seed=seed * 1000 + stage.index,
+    )

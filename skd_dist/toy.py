@@ -1,0 +1,28 @@
+"""Any recipe as a toy: the same path through the program, on embedded digits, with tiny models, in seconds."""
+
+import dataclasses
+
+from skd_dist.config import RunConfig
+
+
+def toy(config: RunConfig) -> RunConfig:
+    """The recipe shrunk; method, run directory and everything not named here stay as they are."""
+    return dataclasses.replace(
+        config,
+        train_shards="digits:train",
+        val_shards="digits:val",
+        test_shards=None,
+        num_classes=10,
+        image_size=32,
+        fraction=0.1,
+        teacher=config.teacher and "skd_narrow_resnet26",
+        student="skd_narrow_resnet10",
+        allow_untrained_teacher=True,
+        global_batch_size=24,
+        micro_batch_size=None,
+        num_workers=0,
+        stage_duration="2steps",
+        head_duration="2steps",
+        augment="shift",
+        toy=True,
+    )

@@ -1,0 +1,118 @@
+"""Real processes: joining in two roles, agreeing, and ending together when one rank fails."""
+
+import json
+import os
+import signal
+import time
+from datetime import timedelta
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+from forked_ranks import launch_worlds
+
+from skd_dist.errors import UserError
+from skd_dist.job import consensus, failure
+from skd_dist.job.launcher_env import read_world
+from skd_dist.job.rendezvous import join_job
+from skd_dist.roles import RoleMap
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return tmp_path_factory.mktemp("worlds")
+
+
+@pytest.fixture(scope="module")
+def worlds(directory):
+    return launch_worlds(__file__, {"agree_then_fail": 3, "lose_rank_0": 3}, directory)
+
+
+def test_two_roles_agree_and_end_together(worlds, directory):
+    results, place = worlds["agree_then_fail"], directory / "agree_then_fail"
+    assert [result.code for result in results] == [2, 2, 2], results
+    seen = [json.loads(result.stdout) for result in results]
+
+    # The role's own world; LOCAL_RANK stays the device index, and the teacher's differs from its role rank.
+    assert [entry["role"] for entry in seen] == [["student", 0, 2], ["student", 1, 2], ["teacher", 0, 1]]
+    assert [entry["environ"] for entry in seen] == [["0", "2", "0"], ["1", "2", "1"], ["0", "1", "2"]]
+    assert [entry["total"] for entry in seen] == [3.0, 3.0, 3.0]  # ranks 0 + 1 count 1 + 2; the teacher is alone with 3
+    assert [entry["texts"] for entry in seen] == [["a0", "a1", "a2"]] * 3
+    assert [entry["word"] for entry in seen] == ["from 0"] * 3
+    assert not (place / "runs/other").exists()  # made for the check, and removed again
+    assert (place / "runs/good").is_dir() and not any((place / "runs/good").iterdir())
+
+    # Each agreed error was printed once, by the lowest rank that knew, and so was the failure in mid-run.
+    errors = [result.stderr.splitlines() for result in results]
+    assert errors[0] == []
+    assert errors[1] == ["skd_dist: broken on 1", "skd_dist: lost my way on 1"]
+    assert len(errors[2]) == 1
+    assert errors[2][0].startswith("skd_dist: run directory is not shared: rank 2 does not see what rank 0 wrote; got ")
+    assert [entry["ended"] for entry in seen] == [["broken on 1", errors[2][0].removeprefix("skd_dist: ")]] * 3
+    closed = {rank: (place / f"closed-{rank}").read_text() for rank in range(3)}
+    assert closed == dict.fromkeys(range(3), "lost my way on 1")
+
+
+def test_losing_a_silent_rank_or_rank_0_ends_the_others(worlds):
+    results = worlds["lose_rank_0"]
+    assert [result.code for result in results] == [-signal.SIGKILL, 2, 2], results
+    printed = [[line for line in result.stderr.splitlines() if line.startswith("skd_dist")] for result in results]
+    assert printed == [
+        ["skd_dist: rank 2 stopped answering; got no sign of life for 7 s"],
+        ["skd_dist: rank 0, which hosts the job's store, is gone; see its own output"],
+        [],  # one line per node
+    ]
+
+
+def join():
+    world = read_world(os.environ)
+    roles = RoleMap(world_size=3, teacher_ranks=(2,))
+    return join_job(world, roles, network_interface=None, device_kind="cpu", timeout=timedelta(seconds=60))
+
+
+def agree_then_fail(directory):
+    job = join()
+    rank = job.world.rank
+    total = torch.tensor([rank + 1.0])
+    dist.all_reduce(total)
+    seen = {
+        "role": [job.role, job.role_rank, job.role_size],
+        "environ": [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")],
+        "total": total.item(),
+        "texts": consensus.gather_text(job, "greeting", f"a{rank}"),
+        "word": consensus.broadcast_text(job, "word", "from 0" if rank == 0 else None),
+        "ended": [],
+    }
+    consensus.agree(job, "all well", None)
+    consensus.check_shared_directory(job, directory / "runs/good")
+    try:
+        consensus.agree(job, "start", UserError(f"broken on {rank}") if rank else None)
+    except consensus.JobEnded as ended:
+        assert ended.exit_code == 2
+        seen["ended"].append(str(ended))
+    try:
+        consensus._SHARED_WITHIN_S = 0.3
+        consensus.check_shared_directory(job, directory / ("elsewhere" if rank == 2 else "runs/other"))
+    except consensus.JobEnded as ended:
+        seen["ended"].append(str(ended))
+    print(json.dumps(seen), flush=True)
+
+    watch = failure.FailureWatch(job, on_failure=lambda line: (directory / f"closed-{rank}").write_text(line))
+    if rank == 0:
+        dist.all_reduce(total)  # blocked for good: the other student fails instead of joining in
+    watch.post_failure(f"lost my way on {rank}")
+
+
+def lose_rank_0(directory):
+    """Rank 0 judges rank 2 silent, and is killed before it can end in order; the others notice that it is gone."""
+    job = join()
+    rank = job.world.rank
+    if rank == 0:
+        failure.PeerAges.age_s = lambda ages, peer: 7.0 if peer == 2 else 0.0
+        failure._SETTLE_S = 0.0
+    consensus.agree(job, "joined", None)
+    kill = partial(os.kill, os.getpid(), signal.SIGKILL)
+    watch = failure.FailureWatch(job, on_failure=lambda line: kill() if rank == 0 else None)
+    watch._timeout_s = 5.0
+    time.sleep(60)
