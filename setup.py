@@ -11,6 +11,7 @@ setup(
     packages=find_packages(include=["skd_dist", "skd_dist.*"]),
     install_requires=[
         "accelerate>=1.10",
+        "braceexpand>=0.1.7",
         "deepspeed>=0.19.8",
         "mlflow>=3.17.2",
         "numpy>=2",

@@ -6,7 +6,8 @@ batch 64, 100 epochs a stage.
 Command:
     python tools/make_shards.py --source cifar10.zip --out data/cifar10
     deepspeed --num_accelerators 1 recipes/train_teacher.py --train-shards data/cifar10/train \
-        --val-shards data/cifar10/test --num-classes 10 --teacher resnet34 --image-size 32 --run-dir runs/cifar10-teacher
+        --val-shards data/cifar10/test --num-classes 10 --teacher resnet34 --image-size 32 \
+        --run-dir runs/cifar10-teacher
     deepspeed recipes/cifar10_skd.py --teacher-checkpoint runs/cifar10-teacher/student/model.safetensors
 
 Cost: not measured on GPUs yet.

@@ -4,7 +4,7 @@ Command: `make demo` (it trains the teacher first). On two CPU cores under 6 min
 under ZeRO-2.
 
 Paper: the comparison of Kulkarni et al., arXiv 1911.06786, except that there the student without a teacher trained for
-a sixth of the steps. Expected: SKD ahead at this small fraction, by a margin that shrinks as data grows (docs/results.md).
+a sixth of the steps. Expected: README.md has the table of one run; the margin shrinks as data grows.
 """
 
 import dataclasses

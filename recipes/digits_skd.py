@@ -1,6 +1,7 @@
 """SKD on scikit-learn's bundled digits: real images, no download, minutes on two CPU cores.
 
-1,797 handwritten digits of 8x8 pixels (1,257 for training), enlarged to 32. Narrow ResNets; Adam with a one-cycle schedule.
+1,797 handwritten digits of 8x8 pixels (1,257 for training), enlarged to 32. Narrow ResNets; Adam with a one-cycle
+schedule.
 
 Command:
     deepspeed --num_accelerators 1 recipes/train_teacher.py --train-shards digits:train --val-shards digits:val \

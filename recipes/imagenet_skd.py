@@ -4,12 +4,13 @@ Paper: Kulkarni et al., "Data Efficient Stagewise Knowledge Distillation", arXiv
 batch 64, 100 epochs a stage, as published; any pair of timm models by flag.
 
 Command (8 GPUs a node, shards made by tools/make_shards.py):
-    deepspeed --hostfile hosts recipes/imagenet_skd.py --train-shards /data/imagenet/train --val-shards /data/imagenet/val \
-        --num-classes 1000 --teacher-checkpoint pretrained --fraction 0.1 --global-batch-size 1536 --run-dir /shared/runs/r18
+    deepspeed --hostfile hosts recipes/imagenet_skd.py --train-shards /data/imagenet/train \
+        --val-shards /data/imagenet/val --num-classes 1000 --teacher-checkpoint pretrained --fraction 0.1 \
+        --global-batch-size 1536 --run-dir /shared/runs/r18
 
 Cost: not measured on GPUs yet; docs/benchmarks.md has the rates of each stage on a CPU.
-Expected: the paper has no ImageNet-1k result. On its own sets (repository figures, ResNet-34 teacher, 10 % of the data):
-Imagenette ResNet-18 82.6 % against 76.4 % without a teacher; CIFAR-10 77.8 % against 55.5 %.
+Expected: the paper has no ImageNet-1k result. On its own sets (repository figures, ResNet-34 teacher, 10 % of the
+data): Imagenette ResNet-18 82.6 % against 76.4 % without a teacher; CIFAR-10 77.8 % against 55.5 %.
 """
 
 from pathlib import Path

@@ -1,7 +1,8 @@
 """Train or fine-tune a teacher with accelerate, on one process or many.
 
-`--teacher` is the network, `--teacher-checkpoint` its initial weights (`pretrained` fine-tunes timm's), `--head-duration`
-how long it trains. The result is RUN/student/model.safetensors, for --teacher-checkpoint of a distillation.
+`--teacher` is the network, `--teacher-checkpoint` its initial weights (`pretrained` fine-tunes timm's),
+`--head-duration` how long it trains. The result is RUN/student/model.safetensors, for --teacher-checkpoint of a
+distillation.
 
 Paper: the teachers of Kulkarni et al., arXiv 1911.06786, are ImageNet ResNet-34s fine-tuned for 50 epochs on the whole
 training set (Imagenette 99.2, Imagewoof 91.4, CIFAR-10 87.51 % top-1).

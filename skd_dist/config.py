@@ -21,7 +21,6 @@ from skd_dist.plan import OptimizerSpec
 from skd_dist.roles import Placement
 from skd_dist.teacher import TeacherDtype
 
-
 MAY_CHANGE_ON_RESUME = frozenset(
     ("teacher_ranks", "teacher_placement", "deepspeed_config", "micro_batch_size", "num_workers", "run_dir")
     + ("tracking_uri", "experiment", "resume", "prefetch", "network_interface", "toy", "dry_run", "name")

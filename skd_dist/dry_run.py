@@ -13,7 +13,7 @@ from skd_dist.config import RunConfig
 from skd_dist.models.cost import GroupCost, group_costs
 from skd_dist.models.cut import ModelCut
 from skd_dist.plan import StageSpec
-from skd_dist.prepare import DIGITS, Prepared, prepare_run, unpack_embedded_data
+from skd_dist.prepare import Prepared, prepare_run, unpack_embedded_data, uses_embedded_data
 from skd_dist.roles import RoleMap, World
 from skd_dist.runner import roles_of
 
@@ -35,7 +35,7 @@ def _describe(config: RunConfig, roles: RoleMap, world: World) -> str:
 
 def _prepare_without_traces(config: RunConfig, roles: RoleMap, scratch: Path) -> Prepared:
     """Embedded digits go to a scratch directory that is removed; indexes stay in memory."""
-    if config.train_shards.startswith(DIGITS):
+    if uses_embedded_data(config):
         config = dataclasses.replace(config, run_dir=scratch / "run")
         unpack_embedded_data(config)
     return prepare_run(config, num_students=len(roles.student_ranks), keep_index=False)

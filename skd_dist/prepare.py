@@ -79,9 +79,14 @@ def digits_directory(config: RunConfig) -> Path:
     return config.run_dir.parent / "digits-shards"
 
 
+def uses_embedded_data(config: RunConfig) -> bool:
+    """Whether any shard flag names the embedded digits."""
+    return any(spec.startswith(DIGITS) for spec in (config.train_shards, config.val_shards, config.test_shards or ""))
+
+
 def unpack_embedded_data(config: RunConfig) -> None:
     """Write the embedded digits as shards where a flag names them; one rank calls it."""
-    if any(spec.startswith(DIGITS) for spec in (config.train_shards, config.val_shards, config.test_shards or "")):
+    if uses_embedded_data(config):
         write_digits_shards(digits_directory(config))
 
 

@@ -25,7 +25,7 @@ def test_without_its_manifest_a_stage_result_does_not_exist(tmp_path: Path) -> N
     write_stage_result(tmp_path, STATE, {})
     (tmp_path / MANIFEST).unlink()
     assert read_manifest(tmp_path) is None
-    with pytest.raises(UserError, match="no stage result in .*; run the stages before it first"):
+    with pytest.raises(UserError, match=r"no stage result in .*; run the stages before it first"):
         read_stage_result(tmp_path)
 
 
@@ -50,7 +50,7 @@ def test_damage_is_found(tmp_path: Path, damage: str) -> None:
         path.write_bytes(data[:-1])
     else:
         path.unlink()
-    with pytest.raises(UserError, match="student.safetensors is damaged; got other bytes than its manifest records"):
+    with pytest.raises(UserError, match=r"student\.safetensors is damaged; got other bytes than its manifest records"):
         read_stage_result(tmp_path)
 
 

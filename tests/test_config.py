@@ -13,11 +13,41 @@ from skd_dist.errors import UserError
 
 CONFIG = RunConfig(train_shards="t", val_shards="v", student="resnet18", num_classes=10, run_dir=Path("runs/x"))
 
-FLAGS = """--train-shards --val-shards --test-shards --teacher --teacher-checkpoint --allow-untrained-teacher --student
---match --num-classes --image-size --fraction --teacher-ranks --teacher-placement --teacher-dtype --deepspeed-config
---global-batch-size --micro-batch-size --num-workers --stage-duration --head-duration --lr --seed --run-dir
---tracking-uri --experiment --resume --prefetch --method --stage-weights --frozen-batchnorm --network-interface --toy
---dry-run""".split()
+FLAGS = [
+    "--train-shards",
+    "--val-shards",
+    "--test-shards",
+    "--teacher",
+    "--teacher-checkpoint",
+    "--allow-untrained-teacher",
+    "--student",
+    "--match",
+    "--num-classes",
+    "--image-size",
+    "--fraction",
+    "--teacher-ranks",
+    "--teacher-placement",
+    "--teacher-dtype",
+    "--deepspeed-config",
+    "--global-batch-size",
+    "--micro-batch-size",
+    "--num-workers",
+    "--stage-duration",
+    "--head-duration",
+    "--lr",
+    "--seed",
+    "--run-dir",
+    "--tracking-uri",
+    "--experiment",
+    "--resume",
+    "--prefetch",
+    "--method",
+    "--stage-weights",
+    "--frozen-batchnorm",
+    "--network-interface",
+    "--toy",
+    "--dry-run",
+]
 
 
 def test_the_list_of_flags_is_this_one(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""One contract suite over all registered methods: plans that pass the check, losses per sample, nothing to the teacher."""
+"""One contract suite over all registered methods: sound plans, losses per sample, nothing to the teacher."""
 
 import pytest
 import torch

@@ -158,7 +158,7 @@ def test_masked_mean_ignores_invalid_slots_but_divides_by_all() -> None:
 
 
 def test_reports_join() -> None:
-    first, _, _ = train(steps=range(0, 2))
+    first, _, _ = train(steps=range(2))
     second, _, _ = train(steps=range(2, 6))
     joined = join_reports(first, second)
     assert joined.loss_trace == first.loss_trace + second.loss_trace

@@ -121,7 +121,8 @@ def _arrange(images: Files, arguments: Arguments) -> dict[str, list[PurePosixPat
     # A folder around everything says nothing, unless it is the only split.
     wrapped = len(top) == 1 and (depth == 4 or (depth == 3 and not top <= _USUAL_SPLITS))
     levels = depth - wrapped
-    if odd or levels not in (2, 3):
+    # train/image is a split without classes, not a class.
+    if odd or levels not in (2, 3) or (levels == 2 and {path.parts[-2] for path in paths} & _USUAL_SPLITS):
         raise UserError(
             "--source has another layout",
             got=f"{paths[0]}" + (f" beside {odd[0]}" if odd else ""),

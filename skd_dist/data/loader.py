@@ -193,5 +193,9 @@ def _as_it_is(batch: Any) -> Any:
 def _raise_errors(batches: Iterator[Batch | UserError]) -> Iterator[Batch]:
     for batch in batches:
         if isinstance(batch, UserError):
-            raise batch
+            try:
+                raise batch
+            finally:
+                # Else the error holds this frame and the frame the error, and with it the workers.
+                del batch, batches
         yield batch

@@ -4,10 +4,15 @@ DeepSpeed sees a world of students only: the job has made the default process gr
 WORLD_SIZE before deepspeed is imported, which therefore happens when the first engine is made. Every stage gets a new
 engine on a new module, because DeepSpeed fixes the trainable parameters when the engine is made.
 
+ZeRO 3 gathers a submodule's own parameters when its `forward` runs. A timm model is run by `forward_intermediates`, so
+no hook gathers those of its root (`cls_token`, `pos_embed`): DeepSpeed notices their first use inside the engine's
+forward pass, and registers them as external parameters of the stage module itself. A test holds it to that.
+
 Left out: `save_checkpoint` and `load_checkpoint`; a stage result is written from `full_state` and needs no DeepSpeed.
 """
 
 import gc
+import inspect
 import os
 import warnings
 from collections.abc import Mapping
@@ -72,8 +77,6 @@ class DeepSpeedEngine:
         self._num_students = num_students
         self._device = device
         self._micro_step = 0
-        if self._engine.zero_optimization_stage() == 3:
-            self._register_bypassed_parameters()
 
     def forward(self, images: Tensor) -> Outputs:
         outputs: Outputs = self._engine(images)
@@ -120,31 +123,20 @@ class DeepSpeedEngine:
         except (ValueError, DeepSpeedConfigError) as cause:
             raise UserError("DeepSpeed refuses the configuration", got=cause, do="mend the DeepSpeed config") from cause
 
-    def _register_bypassed_parameters(self) -> None:
-        """Have ZeRO 3 gather, for each forward pass of the stage module, what no other hook would gather in time.
-
-        ZeRO 3 gathers a submodule's own parameters when its `forward` runs. A timm model is run by
-        `forward_intermediates`, so those of its root (`cls_token`, `pos_embed`) would be seen empty. Any submodule with
-        children may be run in such a way; the parameters they own themselves are few and small.
-        """
-        for submodule in self.module.modules():
-            if submodule is not self.module and next(submodule.children(), None) is not None:
-                for parameter in submodule.parameters(recurse=False):
-                    self._deepspeed.zero.register_external_parameter(self.module, parameter)
-
     def _forget_module(self) -> None:
         """Drop what `destroy` leaves in DeepSpeed's own globals at ZeRO 3: a whole stage each, module and moments.
 
-        Every root module is appended to a global stack and never taken off, and methods of the parameter coordinator
-        are cached on its class, with the coordinator as a key.
+        Every root module is appended to a global stack and never taken off, and a method of the parameter coordinator
+        is wrapped around a cache that belongs to the class, with every coordinator as a key.
         """
         from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
         from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
         FWD_MODULE_STACK[:] = [module for module in FWD_MODULE_STACK if module is not self.module]
-        for method in vars(PartitionedParameterCoordinator).values():
-            if hasattr(method, "cache_clear"):
-                method.cache_clear()
+        for method in filter(inspect.isfunction, vars(PartitionedParameterCoordinator).values()):
+            for wrapped in inspect.getclosurevars(method).nonlocals.values():
+                if hasattr(wrapped, "cache_clear"):
+                    wrapped.cache_clear()
 
 
 def _import_deepspeed(device: torch.device) -> Any:

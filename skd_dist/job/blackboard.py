@@ -13,6 +13,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from skd_dist.errors import UserError
+from skd_dist.job.heartbeat import PERIOD_S, PeerAges
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.001, 0.1
 
@@ -42,19 +43,19 @@ class Blackboard:
         self.world_size = world_size
         self.timeout = timeout
         self._calls = itertools.count()
+        self._ages = PeerAges(store)
 
     def gather(self, point: str, text: str) -> list[str]:
         """All ranks' texts, in rank order, the same on every rank.
 
         Raises:
-            UserError: a rank did not come within the timeout, or the store is gone with rank 0.
+            UserError: a rank did not come in time and gives no sign of life, or the store is gone with rank 0.
         """
         call = next(self._calls)
         keys = [f"board/{call}/{rank}" for rank in range(self.world_size)]
         try:
             self.store.set(keys[self.rank], f"{point}\n{text}")
-            if not wait_for_keys(self.store, keys, timeout=self.timeout):
-                raise self._missing(point, [rank for rank, key in enumerate(keys) if not self.store.check([key])])
+            self._wait_for_all(point, keys)
             entries = [value.decode().partition("\n") for value in self.store.multi_get(keys)]
         except dist.DistError as error:
             raise UserError(
@@ -71,6 +72,16 @@ class Blackboard:
             self.store.set(keys[self.rank - 1], "")
         elif keys:
             wait_for_keys(self.store, keys, timeout=self.timeout)
+
+    def _wait_for_all(self, point: str, keys: Sequence[str]) -> None:
+        """A rank that is only slow (it builds an index, or writes a large file) is waited for without limit."""
+        timeout_s = self.timeout.total_seconds()
+        started = time.monotonic()
+        while not wait_for_keys(self.store, keys, timeout=min(self.timeout, timedelta(seconds=PERIOD_S))):
+            missing = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
+            silent = [rank for rank in missing if not self._ages.is_alive(rank, within_s=timeout_s)]
+            if silent and time.monotonic() - started > timeout_s:
+                raise self._missing(point, silent)
 
     def _missing(self, point: str, ranks: Sequence[int]) -> UserError:
         names = ", ".join(str(rank) for rank in ranks)

@@ -38,6 +38,11 @@ class PeerAges:
             return 0.0
         return now - known[1]
 
+    def is_alive(self, rank: int, *, within_s: float) -> bool:
+        """Whether the peer has begun to give signs of life, and gave one within that time."""
+        age_s = self.age_s(rank)
+        return self._seen[rank][0] > 0 and age_s <= within_s
+
 
 def _key(rank: int) -> str:
     return f"heartbeat/{rank}"

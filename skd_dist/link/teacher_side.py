@@ -25,6 +25,9 @@ from skd_dist.link.layout import describe
 from skd_dist.link.transport import MakeTransport, Transfer, Transport, choose_transport
 from skd_dist.link.wire import Answer, Bye, Failure, Go, Message, Request, Sent, receive, send
 
+_FAREWELL_S = 5.0
+"""How long students get to read why their teacher failed; who computes for longer learns it from the failure watch."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServeStats:
@@ -96,8 +99,6 @@ class _Server:
         self._busy_s = 0.0
 
     def run(self) -> ServeStats:
-        # After an error connections stay open until the process ends: closing one with unread requests would reset
-        # it, and the student could lose the Failure message that says why.
         while self._open:
             self._handle_messages(wait_s=0 if self._ready else PERIOD_S)
             if self._ready:
@@ -166,9 +167,8 @@ class _Server:
                 torch.cuda.synchronize(self._device)  # so that busy_s is the work, not its launch
             specs = tuple(describe(name, outputs[name]) for name in request.outputs)
         except Exception as error:
-            # Everything, because the student must not wait for ever; raised again, so nothing is hidden.
-            with suppress(OSError):
-                send(student.connection, Failure(text=_describe_error(error)))
+            # Everything, because no student must wait for ever; raised again, so nothing is hidden.
+            self._tell_failure(_describe_error(error))
             raise
         busy_s = time.perf_counter() - started
         with _talking_to(student):
@@ -185,6 +185,21 @@ class _Server:
         self._num_images += len(images)
         self._num_bytes += request.images.num_bytes + sum(spec.num_bytes for spec in specs)
         self._busy_s += busy_s
+
+    def _tell_failure(self, text: str) -> None:
+        """Tell all students, and keep their connections until they close them: closing one that holds an unread
+        request resets it, and the message would be lost."""
+        for student in self._open:
+            with suppress(OSError):
+                send(student, Failure(text=text))
+        deadline = time.monotonic() + _FAREWELL_S
+        while self._open and (left_s := deadline - time.monotonic()) > 0:
+            for ready in wait(list(self._open), left_s):
+                assert isinstance(ready, Connection)
+                try:
+                    receive(ready)
+                except (EOFError, OSError):
+                    del self._open[ready]
 
     def _check_alive(self) -> None:
         for student in self._open.values():

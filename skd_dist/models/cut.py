@@ -108,7 +108,8 @@ def run_cut(cut: ModelCut, model: nn.Module, images: Tensor, *, taps: Sequence[s
         model: the network, on the device of the images; its floating-point parameters give the dtype.
         images: uint8 [N, 3, H, W], 0..255; the memory format is kept.
         taps: groups whose features are wanted; the head has none.
-        logits: whether to run to the end. Otherwise the network stops right after the deepest tap.
+        logits: whether to run to the end. Otherwise the network stops right after the deepest tap, as closely as timm's
+            own loop can (the stem of an nfnet is run whole).
 
     Returns:
         Group name -> feature [N, *shape], in network order; under LOGITS the logits [N, K].

@@ -139,9 +139,6 @@ class MlflowTracker:
         self._child = child
         self._child_ids[name] = child.run_id
         write_params(self._client, child, params)
-        # MLflow's monitor stops for good after one failed request: every stage gets a fresh one.
-        self._stop_system_metrics()
-        self._stop_system_metrics = self._start_system_metrics()
 
     def _start_system_metrics(self) -> Callable[[], None]:
         return start_system_metrics(self._store.uri, run_id=self._parent.run_id, node_rank=0)
@@ -173,8 +170,15 @@ class MlflowTracker:
             self._is_broken = True
         else:
             if self._is_broken:
-                self._notify(f"tracking store {self._store.public_uri} answers again")
-            self._is_broken = False
+                self._recover()
+
+    def _recover(self) -> None:
+        self._is_broken = False
+        self._notify(f"tracking store {self._store.public_uri} answers again")
+        self._stop_system_metrics()
+        if not self._has_ended:
+            # MLflow's monitor stops for good after one failed request.
+            self._stop_system_metrics = self._start_system_metrics()
 
 
 def reason_of(error: BaseException, store: TrackingStore) -> str:

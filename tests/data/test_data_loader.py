@@ -1,6 +1,7 @@
 """The stream of batches: complete, equal for any number of students and workers, and safe."""
 
 import itertools
+import multiprocessing
 import pickle
 import re
 import tarfile
@@ -185,6 +186,8 @@ def test_broken_image_is_one_line(tmp_path: Path, write_tar: WriteTar, num_worke
     message = f"shard {path}: image a cannot be decoded; got UnidentifiedImageError: cannot identify image file"
     with pytest.raises(UserError, match=f"^{re.escape(message)}.*; expected a sound JPEG, PNG or WebP image$"):
         train(open_set(tmp_path, num_samples=1), num_workers=num_workers)
+    # Workers must not live on until the garbage collector finds them.
+    assert multiprocessing.active_children() == []
 
 
 class Bomb:

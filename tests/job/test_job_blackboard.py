@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from skd_dist.errors import UserError
 from skd_dist.job.blackboard import Blackboard, wait_for_keys
+from skd_dist.job.heartbeat import PeerAges
 
 
 @pytest.fixture
@@ -35,6 +36,20 @@ def test_missing_ranks_are_named(store):
         UserError, match=r"rank 0, 2 did not come to 'start'; got no word within 0.01 s; expected all 3"
     ):
         board(store, 1, timeout_s=0.01).gather("start", "here")
+
+
+def test_slow_rank_that_lives_is_waited_for(store, monkeypatch):
+    looks = []
+
+    def is_alive(ages, rank, *, within_s):
+        looks.append((rank, within_s))
+        if len(looks) == 4:
+            store.set("board/0/0", "start\nlate")
+        return True
+
+    monkeypatch.setattr(PeerAges, "is_alive", is_alive)
+    assert board(store, 1, world_size=2, timeout_s=0.001).gather("start", "early") == ["late", "early"]
+    assert looks == [(0, 0.001)] * 4
 
 
 def test_two_ranks_at_different_points_are_a_programming_error(store):

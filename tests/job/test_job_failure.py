@@ -98,6 +98,12 @@ def agree_then_fail(directory):
         seen["ended"].append(str(ended))
     print(json.dumps(seen), flush=True)
 
+    stopped = failure.FailureWatch(job, on_failure=print)
+    assert stopped.peer_age_s(1) == 0.0
+    consensus.agree(job, "end of the first run", None)
+    stopped.stop()
+    assert not stopped._thread.is_alive()
+
     watch = failure.FailureWatch(job, on_failure=lambda line: (directory / f"closed-{rank}").write_text(line))
     if rank == 0:
         dist.all_reduce(total)  # blocked for good: the other student fails instead of joining in

@@ -1,6 +1,7 @@
 """Students and teachers in processes of their own: bit-equal answers wherever the teacher runs, and named failures."""
 
 import hashlib
+import itertools
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from forked_ranks import launch_worlds
 from torch import nn
 
 from skd_dist.errors import UserError
+from skd_dist.job.blackboard import wait_for_keys
 from skd_dist.job.heartbeat import PERIOD_S
 from skd_dist.job.launcher_env import read_world
 from skd_dist.job.rendezvous import join_job, leave_job
@@ -27,7 +29,10 @@ TIMEOUT = timedelta(seconds=60)
 PREFETCH = 2
 BATCH_SIZES = (4, 4, 0, 4, 7, 1)
 OUTPUTS = ("map", "half", "brain", "bytes", "empty", "logits")
-TRANSPORTS = {"eager": GlooTransport, "asked": partial(GlooTransport, eager=False)}
+TRANSPORTS = {
+    "eager": lambda job, peer, run_key: GlooTransport(job, peer),
+    "asked": lambda job, peer, run_key: GlooTransport(job, peer, eager=False),
+}
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +69,7 @@ def test_what_was_counted(worlds):
         for transport in TRANSPORTS:
             students = [report for report in found if report["what"] == "run" and report["transport"] == transport]
             teachers = [report for report in found if report["what"] == "served" and report["transport"] == transport]
-            assert sum(report["num_requests"] for report in teachers) == len(BATCH_SIZES) * len(students)
+            assert sum(report["num_requests"] for report in teachers) == (len(BATCH_SIZES) + 1) * len(students)
             num_images = sum(BATCH_SIZES) * len(students)
             assert sum(report["teacher_images"] for report in students) == num_images
             assert sum(report["num_images"] for report in teachers) == num_images
@@ -76,7 +81,7 @@ def test_what_was_counted(worlds):
 
 def test_every_teacher_of_a_student_is_asked_in_turn(worlds):
     served = [report["num_requests"] for report in reports(worlds["one_student"]) if report["what"] == "served"]
-    assert served == [len(BATCH_SIZES) // 2] * 4
+    assert served == [4, 4, 3, 3]  # six batches and the request that closing takes; two transports
 
 
 def test_idle_teacher_sleeps(worlds):
@@ -88,27 +93,31 @@ def test_idle_teacher_sleeps(worlds):
         assert report["waits"].count(0) <= report["num_requests"]
 
 
+def errors(results):
+    """By rank, the error that the rank met."""
+    return [[report["error"] for report in reports([result]) if report["what"] == "error"] for result in results]
+
+
 def test_failing_teacher_is_named_by_its_student(worlds):
     results = worlds["one_teacher"]
-    assert [result.code for result in results] == [0, 0, 1], results
-    errors = [report["error"] for report in reports(results) if report["what"] == "error"]
-    assert sorted(errors)[1] == "teacher rank 2 failed: ValueError: out of luck"
-    assert "ValueError: out of luck" in results[2].stderr.splitlines()[-1]
+    assert [result.code for result in results] == [0, 0, 0], results
+    line = "teacher rank 2 failed: ValueError: out of luck"
+    assert errors(results) == [[line], [line], ["out of luck"]]
 
 
 def test_killed_teacher_is_named_by_its_student(worlds):
     results = worlds["one_student"]
     assert [result.code for result in results] == [0, -signal.SIGKILL, 0], results
-    errors = [report["error"] for report in reports(results) if report["what"] == "error"]
-    assert len(errors) == 1
-    assert errors[0].startswith(("teacher rank 1 closed its connection", "exchange with teacher rank 1 broke off"))
+    [student], [], [other_teacher] = errors(results)
+    assert student.startswith(("teacher rank 1 closed its connection", "exchange with teacher rank 1 broke off"))
+    assert other_teacher == "student rank 0 left without saying goodbye; see the output of that rank"
 
 
 def test_vanished_student_is_named_by_its_teacher(worlds):
     results = worlds["two_teachers"]
     assert [result.code for result in results] == [0, 7, 0, 0], results
-    errors = [report["error"] for report in reports(results) if report["what"] == "error"]
-    assert errors == ["student rank 1 left without saying goodbye; see the output of that rank"]
+    [], [], [], [teacher] = errors(results)
+    assert teacher.startswith(("student rank 1 left without saying", "exchange with student rank 1 broke off"))
 
 
 class Teacher(nn.Module):
@@ -195,6 +204,21 @@ def join(world_size, teacher_ranks):
     return job
 
 
+def part(job, survivors):
+    """Rank 0 hosts the store, so it goes last."""
+    if job.world.rank:
+        job.store.set(f"done/{job.world.rank}", "")
+    else:
+        assert wait_for_keys(job.store, [f"done/{rank}" for rank in survivors], timeout=TIMEOUT)
+
+
+def serve_until_error(job, teacher):
+    try:
+        serve(job, teacher, run_key="last", timeout=TIMEOUT)
+    except (UserError, ValueError) as error:
+        tell("error", error=str(error))
+
+
 def ask_until_error(job):
     link = RemoteLink(job, run_key="last", timeout=TIMEOUT)
     try:
@@ -204,8 +228,24 @@ def ask_until_error(job):
     link.close()
 
 
+def at_third_request(action):
+    """A teacher that answers two requests and then does something else."""
+    teacher, calls = Teacher(), itertools.count(1)
+
+    def answer(images, outputs):
+        if next(calls) == 3:
+            action()
+        return teacher(images, outputs)
+
+    return answer
+
+
+def fail():
+    raise ValueError("out of luck")
+
+
 def two_teachers(directory):
-    """At last student 1 vanishes with requests under way; student 0 and its own teacher are not concerned."""
+    """At last student 1 vanishes with a request under way; student 0 and its own teacher are not concerned."""
     job = join(4, (2, 3))
     if job.role == "student":
         link = RemoteLink(job, run_key="last", timeout=TIMEOUT)
@@ -214,27 +254,45 @@ def two_teachers(directory):
             os._exit(7)
         link.close()
     else:
-        try:
-            serve(job, Teacher(), run_key="last", timeout=TIMEOUT)
-        except UserError as error:
-            tell("error", error=error.line)
-    job.board.goodbye() if job.world.rank else None
+        serve_until_error(job, Teacher())
+    part(job, survivors=(2, 3))
+
+
+def wait_for_each_other(job):
+    """Student 0 asks, and does not look again before student 1 has its answer: the teacher must not wait for it."""
+    if job.role == "teacher":
+        serve(job, Teacher(), run_key="blocked", timeout=TIMEOUT, make_transport=TRANSPORTS["asked"])
+        return
+    link = RemoteLink(job, run_key="blocked", timeout=TIMEOUT, make_transport=TRANSPORTS["asked"])
+    rank = job.world.rank
+    if rank == 1:
+        assert wait_for_keys(job.store, ["blocked/0"], timeout=TIMEOUT)
+    link.submit(0, batches(rank)[0], OUTPUTS)
+    job.store.set(f"blocked/{rank}", "")
+    if rank == 0:
+        assert wait_for_keys(job.store, ["answered/1"], timeout=TIMEOUT)
+    link.take(0)
+    job.store.set(f"answered/{rank}", "")
+    link.close()
 
 
 def one_teacher(directory):
-    """At last the teacher fails at its third request."""
+    """Two students that wait for each other; at last the teacher fails at its third request, and both are told."""
     job = join(3, (2,))
-    if job.role == "student":
-        ask_until_error(job)
+    wait_for_each_other(job)
+    if job.role == "teacher":
+        serve_until_error(job, at_third_request(fail))
     else:
-        serve(job, FailsAtThird(lambda: (_ for _ in ()).throw(ValueError("out of luck"))), run_key="last", timeout=TIMEOUT)
+        ask_until_error(job)
+    leave_job(job)
 
 
 def one_student(directory):
-    """At last teacher 1 is killed at its third request."""
+    """At last teacher 1 is killed at its third request; teacher 2 then loses the student, whose link is broken."""
     job = join(3, (1, 2))
     if job.role == "student":
         ask_until_error(job)
     else:
         kill = partial(os.kill, os.getpid(), signal.SIGKILL)
-        serve(job, FailsAtThird(kill if job.world.rank == 1 else None), run_key="last", timeout=TIMEOUT)
+        serve_until_error(job, at_third_request(kill) if job.world.rank == 1 else Teacher())
+    part(job, survivors=(2,))

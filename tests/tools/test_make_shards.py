@@ -141,6 +141,11 @@ def test_hidden_copies_are_ignored(tmp_path: Path) -> None:
             (),
             "--source has another layout; got cat/1.jpg beside train/dog/1.jpg; expected split/class/image",
         ),
+        (
+            {"train/1.jpg": b"", "x/2.jpg": b""},
+            (),
+            "--source has another layout; got train/1.jpg; expected split/class",
+        ),
         ({"a/b/c/d/1.jpg": b""}, (), "--source has another layout; got a/b/c/d/1.jpg; expected split/class/image"),
         ({"cat/1.jpg": b""}, ("--samples-per-shard", "0"), "--samples-per-shard cannot be used; got 0; expected more"),
     ],

@@ -3,6 +3,8 @@
 import json
 import math
 import sqlite3
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -236,14 +238,30 @@ def test_data_and_artifacts(store: TrackingStore, start: Opener, tmp_path: Path)
     assert json.loads((folder / "comparison.json").read_text()) == {"val": {"top1_frac": 0.5}}
 
 
-def test_system_metrics_go_to_the_parent_under_their_node(
+# pytest's time limit ends a test that waits for ever.
+def _wait_for_system_metrics(store: TrackingStore, tracker: RunTracker) -> None:
+    while not any(key.startswith("system/node_0/cpu") for key in _parent(store, tracker).data.metrics):
+        time.sleep(0.01)
+
+
+def _wait_for_threads(name: str, *, count: int) -> None:
+    while sum(thread.name == name for thread in threading.enumerate()) != count:
+        time.sleep(0.01)
+
+
+def test_system_metrics_go_to_the_parent_under_their_node_and_survive_an_outage(
     store: TrackingStore, start: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.01")
     tracker = start()
-    while not any(key.startswith("system/node_0/cpu") for key in _parent(store, tracker).data.metrics):
-        pass  # pytest's time limit ends a monitor that never writes
+    _wait_for_system_metrics(store, tracker)
+    with _table_missing(store, "runs"):
+        tracker.set_tags({"a": 1})
+        _wait_for_threads("SystemMetricsMonitor", count=0)  # the monitor gave up
+    tracker.set_tags({"a": 1})
+    _wait_for_threads("SystemMetricsMonitor", count=1)
     tracker.end("FINISHED")
+    _wait_for_threads("SystemMetricsMonitor", count=0)
     assert not [key for key in _parent(store, tracker).data.metrics if not key.startswith("system/node_0/")]
 
 

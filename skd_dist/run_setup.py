@@ -1,0 +1,197 @@
+"""What every rank does before and around a run: agree, prepare, load the teacher, claim the directory, make the parts.
+
+Each step is a point of agreement: a rank that cannot take it says why, and all ranks end together. What the parts then
+do with each other is the runner's.
+"""
+
+import contextlib
+import dataclasses
+import os
+import platform
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from skd_dist.config import MAY_CHANGE_ON_RESUME, RunConfig
+from skd_dist.contracts import TeacherLink
+from skd_dist.engines import EngineSpec, load_deepspeed_config
+from skd_dist.errors import UserError
+from skd_dist.job.consensus import agree, broadcast_text, gather_text
+from skd_dist.job.rendezvous import Job
+from skd_dist.link.inline import InlineLink
+from skd_dist.link.student_side import RemoteLink
+from skd_dist.prepare import Prepared, prepare_run, unpack_embedded_data
+from skd_dist.run_record import open_run_directory
+from skd_dist.student_run import count_done
+from skd_dist.teacher import FrozenTeacher, build_teacher
+from skd_dist.tracking import DatasetNote, RunTracker, open_tracker, resolve_experiment, resolve_tracking_uri
+
+LINK_TIMEOUT = timedelta(seconds=120)
+"""How long a rank may be silent before its peers give it up. A guess: longer than any pause or NFS stall."""
+
+
+def device_kind() -> str:
+    """`cuda` where there is a GPU and DeepSpeed was not told to use the CPU."""
+    return "cuda" if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu" else "cpu"
+
+
+@contextlib.contextmanager
+def agreed(job: Job, point: str) -> Iterator[None]:
+    """A step that every rank takes and that ends every rank if one of them cannot take it."""
+    error: UserError | None = None
+    try:
+        yield
+    except UserError as caught:
+        error = caught
+    agree(job, point, error)
+
+
+def prepare_together(job: Job, config: RunConfig, key: str) -> Prepared:
+    """Rank 0 first, because it may have to write the index; then everybody, who must find the same."""
+    num_students = len(job.roles.student_ranks)
+    with agreed(job, f"{key}/data"):
+        if job.world.rank == 0:
+            unpack_embedded_data(config)
+            prepare_run(config, num_students=num_students)
+    with agreed(job, f"{key}/prepare"):
+        prepared = prepare_run(config, num_students=num_students)
+    _check_same(job, f"{key}/plan", prepared.plan.digest(), what="plan")
+    _check_same(job, f"{key}/samples", prepared.splits.digest, what="training samples")
+    return prepared
+
+
+def _check_same(job: Job, point: str, digest: str, *, what: str) -> None:
+    found = gather_text(job, point, digest)
+    with agreed(job, f"{point}-same"):
+        for rank, other in enumerate(found):
+            if other and found[0] and other != found[0]:
+                raise UserError(
+                    f"rank {rank} has another {what} than rank 0",
+                    got=other[:12],
+                    expected=found[0][:12],
+                    do="make all nodes see the same files and versions",
+                )
+
+
+def load_teacher(job: Job, prepared: Prepared, key: str) -> tuple[FrozenTeacher | None, str | None]:
+    """The teacher on the ranks that hold one, and its digest on all.
+
+    The first rank of each node loads before the others, so that a download happens once per node.
+    """
+    roles, world = job.roles, job.world
+    holders = roles.teacher_ranks or roles.student_ranks
+    teacher: FrozenTeacher | None = None
+    if not prepared.plan.needs_teacher:
+        return None, None
+    node = world.rank // world.ranks_per_node
+    first_of_node = next((rank for rank in holders if rank // world.ranks_per_node == node), None)
+    for turn, mine in (
+        ("first", world.rank == first_of_node),
+        ("rest", world.rank in holders and world.rank != first_of_node),
+    ):
+        with agreed(job, f"{key}/teacher-{turn}"):
+            if mine:
+                teacher = _build_teacher(prepared, device_of(job))
+    digests = gather_text(job, f"{key}/teacher-digest", teacher.digest() if teacher else "")
+    with agreed(job, f"{key}/teacher-same"):
+        known = {rank: digest for rank, digest in enumerate(digests) if digest}
+        for rank, digest in known.items():
+            if digest != known[holders[0]]:
+                raise UserError(
+                    f"rank {rank} holds another teacher than rank {holders[0]}",
+                    got=digest[:12],
+                    expected=known[holders[0]][:12],
+                    do="give all nodes the same --teacher-checkpoint",
+                )
+    return teacher, digests[holders[0]]
+
+
+def _build_teacher(prepared: Prepared, device: torch.device) -> FrozenTeacher:
+    config, cut = prepared.config, prepared.models.teacher
+    assert cut is not None, "a plan that needs a teacher passed check_plan"
+    return build_teacher(
+        cut,
+        checkpoint=config.teacher_checkpoint,
+        allow_untrained=config.allow_untrained_teacher,
+        seed=config.seed,
+        dtype=config.teacher_dtype,
+        device=device,
+    )
+
+
+def open_record(job: Job, prepared: Prepared, digest: str | None, key: str) -> tuple[str, int]:
+    """The run key, and the number of stages that are done, as rank 0 finds them."""
+    found: str | None = None
+    with agreed(job, f"{key}/record"):
+        if job.world.rank == 0:
+            run_key = open_run_directory(prepared, teacher_digest=digest)
+            found = f"{run_key} {count_done(prepared)}"
+    run_key, _, num_done = broadcast_text(job, f"{key}/run-key", found).partition(" ")
+    return run_key, int(num_done)
+
+
+def answer_of(teacher: FrozenTeacher | None) -> Callable[..., Any]:
+    if teacher is not None:
+        return teacher.answer
+
+    def refuse(images: object, outputs: object) -> Any:
+        raise AssertionError(f"a run without a teacher asked for {outputs}")
+
+    return refuse
+
+
+def make_link(job: Job, teacher: FrozenTeacher | None, key: str) -> TeacherLink | None:
+    if job.roles.teacher_ranks:
+        return RemoteLink(job, run_key=key, timeout=LINK_TIMEOUT)
+    return InlineLink(teacher.answer) if teacher is not None else None
+
+
+def device_of(job: Job) -> torch.device:
+    return torch.device("cuda", job.world.local_rank) if device_kind() == "cuda" else torch.device("cpu")
+
+
+def engine_spec_of(config: RunConfig) -> EngineSpec:
+    kind = config.engine
+    if kind == "deepspeed" and config.deepspeed_config == "none":
+        return EngineSpec(kind="torch")
+    name = config.deepspeed_config
+    if name == "auto":
+        name = "zero2" if device_kind() == "cuda" else "cpu"
+    return EngineSpec(kind=kind, deepspeed=load_deepspeed_config(name, device_kind=device_kind()))
+
+
+def track_run(
+    prepared: Prepared, job: Job, run_key: str, digest: str | None, *, notify: Callable[[str], None]
+) -> RunTracker:
+    config, splits = prepared.config, prepared.splits
+    fixed = {name: value for name, value in config.to_json().items() if name not in MAY_CHANGE_ON_RESUME}
+    tracker = open_tracker(
+        resolve_tracking_uri(config.tracking_uri, environ=os.environ, run_dir=config.run_dir),
+        experiment=resolve_experiment(config.experiment, environ=os.environ, default="skd_dist"),
+        run_name=config.run_dir.name,
+        run_key=run_key,
+        params={**fixed, "teacher_digest": digest, "data_digest": splits.digest},
+        tags={
+            **{name: value for name, value in config.to_json().items() if name in MAY_CHANGE_ON_RESUME},
+            "num_students": len(job.roles.student_ranks),
+            "num_teachers": len(job.roles.teacher_ranks),
+            "host": platform.node(),
+            "launcher": job.world.launcher,
+            "plan_digest": prepared.plan.digest(),
+        },
+        notify=notify,
+    )
+    tracker.log_dataset(
+        DatasetNote(
+            split="train",
+            name="train",
+            source=config.train_shards,
+            digest=splits.digest,
+            num_samples=len(splits.train_ids),
+            fraction=config.fraction,
+        )
+    )
+    tracker.log_dict(dataclasses.asdict(prepared.plan), name="plan.json")
+    return tracker

@@ -1,0 +1,252 @@
+"""What the processes of the engine tests run: every engine over the same few steps, in one launch of two students.
+
+Results go to one file per rank; the tests compare them. Both ranks go through all cases in the same order.
+"""
+
+import gc
+import os
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from skd_dist.contracts import Engine
+from skd_dist.engines import EngineSpec, make_engine
+from skd_dist.engines.base import EngineKind
+from skd_dist.errors import UserError
+from skd_dist.plan import OptimizerSpec
+
+NUM_STUDENTS = 2
+MICRO_BATCH_SIZE = 4
+GRAD_ACCUM_STEPS = 2
+NUM_STEPS = 3
+LEARNING_RATES = (1e-2, 3e-3, 5e-3)
+CPU = torch.device("cpu")
+
+SPLIT_EVERYTHING = {"stage": 3, "stage3_param_persistence_threshold": 0}
+"""Without it ZeRO 3 would leave parameters as small as ours whole."""
+AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+CLIPPING = {"gradient_clipping": 0.05}
+OFFLOAD = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": True}}}
+
+
+def zero(stage: int) -> dict[str, Any]:
+    return {"zero_optimization": SPLIT_EVERYTHING if stage == 3 else {"stage": stage}}
+
+
+class ConvStage(nn.Module):
+    """A frozen prefix that builds no graph, a trained part with BatchNorm, an adapter, and two outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prefix = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU())
+        self.trained = nn.Sequential(nn.Conv2d(6, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.adapter = nn.Conv2d(8, 5, 1)
+        self.head = nn.Linear(8, 3)
+        self.prefix.requires_grad_(False)
+        self.train()
+
+    def train(self, mode: bool = True) -> "ConvStage":
+        super().train(mode)
+        self.prefix.eval()
+        return self
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        with torch.no_grad():
+            hidden = self.prefix(images.float() / 255 - 0.5)
+        hidden = self.trained(hidden)
+        return {"stage1": self.adapter(hidden), "logits": self.head(hidden.mean((2, 3)))}
+
+
+class VitStage(nn.Module):
+    """A timm model whose own forward is bypassed: cls_token and pos_embed belong to a module that is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = timm.create_model("test_vit", img_size=32, num_classes=3)
+        self.model.patch_embed.requires_grad_(False)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        final, features = self.model.forward_intermediates(images.float() / 255 - 0.5)
+        return {"stage1": features[0], "logits": self.model.forward_head(final)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One engine on one stage."""
+
+    kind: EngineKind
+    config: Mapping[str, Any] = field(default_factory=dict)
+    optimizer: OptimizerSpec = field(default_factory=lambda: OptimizerSpec(name="adam"))
+    stage_module: Callable[[], nn.Module] = ConvStage
+    num_students: int = NUM_STUDENTS
+
+
+SGD = OptimizerSpec(name="sgd", weight_decay=1e-2)
+ADAMW = OptimizerSpec(name="adamw", weight_decay=1e-1)
+
+CASES: dict[str, Case] = {
+    "alone": Case(kind="torch", num_students=1),
+    "torch": Case(kind="torch"),
+    "accelerate": Case(kind="accelerate"),
+    **{f"zero{stage}": Case(kind="deepspeed", config=zero(stage)) for stage in range(4)},
+    "zero2_offload": Case(kind="deepspeed", config=OFFLOAD),
+    "alone/sgd": Case(kind="torch", num_students=1, optimizer=SGD),
+    "torch/sgd": Case(kind="torch", optimizer=SGD),
+    "zero2/sgd": Case(kind="deepspeed", config=zero(2), optimizer=SGD),
+    "zero3/sgd": Case(kind="deepspeed", config=zero(3), optimizer=SGD),
+    "torch/adamw": Case(kind="torch", optimizer=ADAMW),
+    "zero1/adamw": Case(kind="deepspeed", config=zero(1), optimizer=ADAMW),
+    "zero3/adamw": Case(kind="deepspeed", config=zero(3), optimizer=ADAMW),
+    "torch/clipping": Case(kind="torch", config=CLIPPING, optimizer=SGD),
+    "accelerate/clipping": Case(kind="accelerate", config=CLIPPING, optimizer=SGD),
+    "zero0/clipping": Case(kind="deepspeed", config=zero(0) | CLIPPING, optimizer=SGD),
+    "zero2/clipping": Case(kind="deepspeed", config=zero(2) | CLIPPING, optimizer=SGD),
+    "zero3/clipping": Case(kind="deepspeed", config=zero(3) | CLIPPING, optimizer=SGD),
+    "torch/autocast": Case(kind="torch", config=AUTOCAST, optimizer=SGD),
+    "accelerate/autocast": Case(kind="accelerate", config=AUTOCAST, optimizer=SGD),
+    **{
+        f"zero{stage}/autocast": Case(kind="deepspeed", config=zero(stage) | AUTOCAST, optimizer=SGD)
+        for stage in range(4)
+    },
+    "torch/vit": Case(kind="torch", stage_module=VitStage, optimizer=SGD),
+    "zero2/vit": Case(kind="deepspeed", config=zero(2), stage_module=VitStage, optimizer=SGD),
+    "zero3/vit": Case(kind="deepspeed", config=zero(3), stage_module=VitStage, optimizer=SGD),
+}
+
+REFUSED_CONFIGS: dict[str, dict[str, Any]] = {
+    "no such ZeRO stage": {"zero_optimization": {"stage": 7}},
+    "removed from DeepSpeed": {"elasticity": {"enabled": True}},
+    "float16 autocast": {"torch_autocast": {"enabled": True, "dtype": "float16"}},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What one rank saw of one case."""
+
+    initial: dict[str, Tensor]
+    final: dict[str, Tensor]
+    own_buffers: dict[str, Tensor]
+    """Of the live module after `full_state`."""
+    losses: list[float]
+    eval_logits: Tensor
+    output_dtype: torch.dtype
+    total: Tensor
+
+
+def micro_batch(step: int, micro_step: int, student: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1000 * step + 10 * micro_step + student)
+    return torch.randint(0, 256, (MICRO_BATCH_SIZE, 3, 32, 32), generator=generator, dtype=torch.uint8)
+
+
+def loss_of(outputs: Mapping[str, Tensor]) -> Tensor:
+    labels = torch.arange(MICRO_BATCH_SIZE) % 3
+    features = outputs["stage1"].float()
+    return (features - 1).square().mean() + nn.functional.cross_entropy(outputs["logits"].float(), labels)
+
+
+def slots(case: Case, rank: int) -> list[tuple[int, int]]:
+    """(micro-step, student) of the global batch that this process computes; alone it computes all."""
+    students: Iterable[int] = [rank] if case.num_students > 1 else range(NUM_STUDENTS)
+    return [(micro_step, student) for micro_step in range(GRAD_ACCUM_STEPS) for student in students]
+
+
+def train(engine: Engine, case: Case, rank: int) -> list[float]:
+    losses = []
+    for step in range(NUM_STEPS):
+        for micro_step, student in slots(case, rank):
+            loss = loss_of(engine.forward(micro_batch(step, micro_step, student)))
+            engine.backward(loss)
+            losses.append(loss.item())
+        engine.step(LEARNING_RATES[step])
+        # A look at validation data between steps must not disturb training.
+        engine.module.eval()
+        with torch.no_grad():
+            engine.forward(micro_batch(99, 0, 0))
+        engine.module.train()
+    return losses
+
+
+def run_case(case: Case, rank: int, alive: list[weakref.ref[Any]]) -> Result:
+    torch.manual_seed(0)
+    module = case.stage_module()
+    initial = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    engine = make_engine(
+        EngineSpec(kind=case.kind, deepspeed=case.config),
+        module,
+        optimizer=case.optimizer,
+        micro_batch_size=MICRO_BATCH_SIZE,
+        grad_accum_steps=GRAD_ACCUM_STEPS * NUM_STUDENTS // case.num_students,
+        num_students=case.num_students,
+        device=CPU,
+    )
+    losses = train(engine, case, rank)
+    final = engine.full_state()
+    engine.module.eval()
+    with torch.no_grad():
+        outputs = engine.forward(micro_batch(99, 0, 0))
+    result = Result(
+        initial=initial,
+        final=final,
+        own_buffers={name: buffer.clone() for name, buffer in module.named_buffers()},
+        losses=losses,
+        eval_logits=outputs["logits"].float(),
+        output_dtype=outputs["logits"].dtype,
+        total=engine.all_reduce_sum(torch.tensor([rank + 1.0, 0.1], dtype=torch.float64)),
+    )
+    alive += [weakref.ref(module), weakref.ref(engine), weakref.ref(engine._optimizer)]  # type: ignore[attr-defined]
+    engine.close()
+    return result
+
+
+def refusals() -> dict[str, str]:
+    lines = {}
+    for name, config in REFUSED_CONFIGS.items():
+        try:
+            make_engine(
+                EngineSpec(kind="deepspeed", deepspeed=config),
+                ConvStage(),
+                optimizer=SGD,
+                micro_batch_size=MICRO_BATCH_SIZE,
+                grad_accum_steps=1,
+                num_students=NUM_STUDENTS,
+                device=CPU,
+            )
+        except UserError as error:
+            lines[name] = error.line
+    return lines
+
+
+def work(rank: int, folder: Path) -> None:
+    warnings.simplefilter("error")
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(NUM_STUDENTS), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), NUM_STUDENTS)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=NUM_STUDENTS)
+    environment = dict(os.environ)
+    alive: list[weakref.ref[Any]] = []
+    results = {
+        name: run_case(case, rank, alive) for name, case in CASES.items() if rank == 0 or case.num_students > 1
+    }
+    lines = refusals()
+    gc.collect()
+    torch.save(
+        {
+            "results": results,
+            "refusals": lines,
+            "num_alive": sum(reference() is not None for reference in alive),
+            "environment_changes": sorted(set(os.environ.items()) ^ set(environment.items())),
+            "num_threads": torch.get_num_threads(),
+        },
+        folder / f"rank{rank}.pt",
+    )
+    dist.destroy_process_group()
