@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from skd_dist.config import RunConfig, parse_flags
 from skd_dist.dry_run import describe_runs
 from skd_dist.errors import EXIT_USER_ERROR, UserError
+from skd_dist.job.consensus import print_error
 from skd_dist.job.launcher_env import read_world
 from skd_dist.roles import World
 from skd_dist.runner import check_runs, run_all
@@ -52,7 +53,7 @@ def main(
             sys.exit(0)
     except UserError as error:
         if rank == 0:
-            print(f"skd_dist: {error.line}", file=sys.stderr, flush=True)
+            print_error(error.line)
         sys.exit(EXIT_USER_ERROR)
     sys.exit(run_all(runs, world=world))
 

@@ -28,8 +28,11 @@ from skd_dist.student_run import count_done
 from skd_dist.teacher import FrozenTeacher, build_teacher
 from skd_dist.tracking import DatasetNote, RunTracker, open_tracker, resolve_experiment, resolve_tracking_uri
 
+JOB_TIMEOUT = timedelta(minutes=10)
+"""How long a collective of the students may take: one of them may be held up by a slow file system (guess)."""
+
 LINK_TIMEOUT = timedelta(seconds=120)
-"""How long a rank may be silent before its peers give it up. A guess: longer than any pause or NFS stall."""
+"""How long a peer on the link may give no sign of life, or one payload may take (guess)."""
 
 
 def device_kind() -> str:

@@ -15,8 +15,8 @@ from typing import Any
 
 from skd_dist.config import RunConfig, batch_shape, check_config
 from skd_dist.display import RunDisplay, summary_table
-from skd_dist.errors import UserError
-from skd_dist.job.consensus import JobEnded, agree, check_shared_directory
+from skd_dist.errors import EXIT_USER_ERROR, UserError
+from skd_dist.job.consensus import JobEnded, agree, check_shared_directory, print_error
 from skd_dist.job.failure import FailureWatch
 from skd_dist.job.rendezvous import Job, join_job, leave_job
 from skd_dist.link.ask_ahead import AskAhead
@@ -25,6 +25,7 @@ from skd_dist.prepare import Prepared
 from skd_dist.roles import RoleMap, World, make_role_map, resolve_teacher_ranks
 from skd_dist.run_record import write_summary
 from skd_dist.run_setup import (
+    JOB_TIMEOUT,
     LINK_TIMEOUT,
     answer_of,
     device_kind,
@@ -103,14 +104,19 @@ def run_all(configs: Sequence[RunConfig], *, world: World) -> int:
     Returns:
         The exit code: 0 when all finished, 2 after an error that the user can mend.
     """
-    first = configs[0]
-    job = join_job(
-        world,
-        roles_of(first, world),
-        network_interface=first.network_interface,
-        device_kind=device_kind(),
-        timeout=LINK_TIMEOUT,
-    )
+    try:
+        job = join_job(
+            world,
+            roles_of(configs[0], world),
+            network_interface=configs[0].network_interface,
+            device_kind=device_kind(),
+            timeout=JOB_TIMEOUT,
+        )
+    except JobEnded as ended:
+        return ended.exit_code
+    except UserError as error:
+        print_error(error.line)  # nobody can be asked who else knows: this rank did not reach the others
+        return EXIT_USER_ERROR
     emergency = Emergency()
     watch = FailureWatch(job, on_failure=emergency.fail)
     signal.signal(signal.SIGTERM, _terminate)

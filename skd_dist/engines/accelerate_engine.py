@@ -7,6 +7,7 @@ Left out: accelerate's own checkpoints, trackers and data loaders.
 """
 
 import gc
+import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -55,7 +56,10 @@ class AccelerateEngine:
                 kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
             )
         self.module = module
-        self._parallel, self._optimizer = self._accelerator.prepare(module, make_optimizer(trainable, optimizer))
+        with warnings.catch_warnings():
+            # accelerate knows this argument of DistributedDataParallel by its old name only.
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+            self._parallel, self._optimizer = self._accelerator.prepare(module, make_optimizer(trainable, optimizer))
         self._trainable = trainable
         self._gradient_clipping = gradient_clipping(config)
         self._grad_accum_steps = grad_accum_steps

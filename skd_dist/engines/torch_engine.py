@@ -50,9 +50,9 @@ class TorchEngine:
         self._num_students = num_students
         self._device = device
         self._micro_step = 0
-        # broadcast_buffers would overwrite BatchNorm statistics with the first student's at every forward pass;
-        # DeepSpeed leaves each student its own, and full_state averages them.
-        self._parallel = DistributedDataParallel(module, broadcast_buffers=False) if num_students > 1 else None
+        # Synced buffers would be the first student's BatchNorm statistics, copied over the others' at every forward
+        # pass; DeepSpeed leaves each student its own, and full_state averages them.
+        self._parallel = DistributedDataParallel(module, forward_sync_buffers=False) if num_students > 1 else None
 
     def forward(self, images: Tensor) -> Outputs:
         with (

@@ -1,8 +1,8 @@
 """What every rank tells all others when it joins: its place on its node, its cores, its device.
 
 From it each rank computes the same conclusions: whether the layout is sound, and how many threads everyone uses. The
-thread count must be equal everywhere, because on a CPU a result of two threads is not bit-equal to one of one thread
-(FACTS.md c.2), and a teacher's answer must not depend on where it was computed.
+thread count must be equal everywhere, because on a CPU a result of two threads is not bit-equal to one of one thread,
+and a teacher's answer must not depend on where it was computed.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Joining a job: two worlds in one launch (DESIGN.md, decision 1).
+"""Joining a job: two worlds in one launch.
 
     launcher's ranks -> store (rank 0) -> census -> default process group of the *role* -> link group over all ranks
 
@@ -107,7 +107,7 @@ def _join(
         MASTER_PORT=str(store.port),
     )
     try:
-        # No device_id: an eagerly connected default group hung jobs with groups of their own (FACTS.md c.2).
+        # No device_id: an eagerly connected default group hung jobs with groups of their own.
         dist.init_process_group(
             backend="gloo" if device_kind == "cpu" else "cpu:gloo,cuda:nccl",
             store=dist.PrefixStore(f"{role}s", store),

@@ -5,6 +5,7 @@ that is loaded in part would train and be wrong. Writing files is the business o
 """
 
 import hashlib
+import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,20 @@ from skd_dist.models.build import build
 
 PRETRAINED = "pretrained"
 """The source that means timm's own download."""
+
+UNREADABLE = (
+    safetensors.SafetensorError,
+    struct.error,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What the readers of torch and safetensors raise for a damaged file: found by damaging files at random."""
 
 NUM_NAMES_SHOWN = 3
 """Tensors named in an error; a wrong network has hundreds."""
@@ -49,8 +64,8 @@ def load_weights(model: nn.Module, source: str, *, what: str, new_head: bool = F
 
     Args:
         model: changed in place; untouched if an error is raised.
-        source: a `.safetensors` file, a file of `torch.save` with nothing but tensors in it (also nested as training
-            scripts of timm do), or `pretrained`.
+        source: a `.safetensors` file, a file of `torch.save` with nothing but tensors in it (also nested as timm's
+            training scripts do; averaged weights go first, as in timm), or `pretrained`.
         what: how the user calls it (`teacher checkpoint`), for errors.
         new_head: leave a classifier of another class count as it is in `model`, for fine-tuning.
 
@@ -63,7 +78,8 @@ def load_weights(model: nn.Module, source: str, *, what: str, new_head: bool = F
     else:
         state = _file_state(source, what=what)
     if new_head:
-        state |= {name: expected[name] for name in _classifier_tensors(model) if not _same_shape(state, expected, name)}
+        own = [name for name in _classifier_tensors(model) if not _same_shape(state, expected, name)]
+        state |= {name: expected[name] for name in own}
     _check_fits(model, state, expected, source=source, what=what)
     model.load_state_dict(state, strict=True)
 
@@ -85,8 +101,8 @@ def _file_state(source: str, *, what: str) -> dict[str, Any]:
     if not Path(source).is_file():
         raise UserError(f"{what} not found", got=source, expected=f"a file, or {PRETRAINED}")
     try:
-        state: dict[str, Any] = load_state_dict(source, use_ema=False, weights_only=True)
-    except (safetensors.SafetensorError, AttributeError, EOFError, OSError, RuntimeError, ValueError) as error:
+        state: dict[str, Any] = load_state_dict(source, weights_only=True)
+    except UNREADABLE as error:
         raise UserError(
             f"{what} {source} cannot be read",
             got=str(error).split("\n")[0] or type(error).__name__,
@@ -144,9 +160,11 @@ def _check_fits(
 
 
 def _classifier_tensors(model: nn.Module) -> list[str]:
+    """Names of the tensors of the last layer, of both where a distilled network has two."""
     cfg: Any = model.pretrained_cfg
     names = cfg.get("classifier") or ()
-    return [f"{name}.{kind}" for name in ((names,) if isinstance(names, str) else names) for kind in ("weight", "bias")]
+    prefixes = tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
+    return [name for name in model.state_dict() if name.startswith(prefixes)]
 
 
 def _other_classes(what: str, *, got: int, expected: int) -> UserError:

@@ -81,7 +81,7 @@ def test_links_and_devices_are_refused(tmp_path: Path, kind: bytes) -> None:
 
 
 def damage(data: bytes, kind: str) -> bytes:
-    """The corruption table of FACTS.md a.2, on ten samples of (header, label, header, image) blocks."""
+    """What webdataset passes over in silence, on ten samples of (header, label, header, image) blocks."""
     sample = 4 * tarfile.BLOCKSIZE
     match kind:
         case "inside a payload":

@@ -8,9 +8,11 @@ from skd_dist.models.cost import group_costs
 from skd_dist.models.cut import cut_model
 
 
-@pytest.mark.parametrize(("name", "gmacs"), [("skd_resnet10", 0.896), ("resnet18", 1.824)])
+@pytest.mark.parametrize(
+    ("name", "gmacs"), [("skd_resnet10", 0.896), ("resnet18", 1.824), ("deit_tiny_patch16_224", 1.26)]
+)
 def test_total_is_the_published_count_of_multiply_adds(name: str, gmacs: float) -> None:
-    """METHODS of the project, section 1.3; theirs has a larger head, which is well below a thousandth."""
+    """ResNets: the stagewise paper's code, whose larger head is below a thousandth; deit: its paper, with attention."""
     costs = group_costs(cut_model(name, num_classes=10, image_size=224))
     assert sum(cost.flops_per_image for cost in costs) / 2e9 == pytest.approx(gmacs, rel=0.01)
 

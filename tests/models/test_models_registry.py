@@ -11,7 +11,7 @@ import skd_dist.models  # registers the networks
 from skd_dist.models.create import create_model
 
 PAPER_PARAMS_M = {"skd_resnet10": 5.171, "skd_resnet14": 11.072, "skd_resnet20": 12.622, "skd_resnet26": 17.712}
-"""METHODS of the project, section 1.3: with the paper's head."""
+"""As printed by the stagewise paper's code, with its own larger head."""
 PAPER_HEAD = 1024 * 256 + 256 + 256 * 10 + 10
 OUR_HEAD = 512 * 10 + 10
 NAMES = [*PAPER_PARAMS_M, "skd_narrow_resnet10", "skd_narrow_resnet26"]
