@@ -10,7 +10,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -35,7 +35,7 @@ LINK_TIMEOUT = timedelta(seconds=120)
 """How long a peer on the link may give no sign of life, or one payload may take (guess)."""
 
 
-def device_kind() -> str:
+def device_kind() -> Literal["cpu", "cuda"]:
     """`cuda` where there is a GPU and DeepSpeed was not told to use the CPU."""
     return "cuda" if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu" else "cpu"
 

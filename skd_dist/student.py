@@ -76,7 +76,7 @@ class StageModule(nn.Module):
 
 def _make_adapters(stage: StageSpec, cut: ModelCut, teacher_cut: ModelCut | None, seed: int) -> nn.ModuleDict:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs as well
         adapters = {}
         for tap in stage.taps:
             assert teacher_cut is not None, "a plan with taps and without a teacher passed check_plan"

@@ -108,7 +108,7 @@ def initial_state(side: StudentSide) -> State:
     config, cut = side.prepared.config, side.prepared.models.student
     model = create_model(cut.name, num_classes=cut.num_classes, image_size=cut.image_size, seed=config.seed)
     if config.student_checkpoint is not None:
-        load_weights(model, config.student_checkpoint, what="initial checkpoint")
+        load_weights(model, config.student_checkpoint, what="initial checkpoint", new_head=True)
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 

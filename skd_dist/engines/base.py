@@ -4,6 +4,7 @@ Back ends are imported when the first engine of their kind is made: deepspeed re
 and the job has rewritten them to those of the student world by then. Teachers never import any of them.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -62,20 +63,11 @@ def make_engine(
         UserError: the back end refuses the configuration.
     """
     assert any(parameter.requires_grad for parameter in module.parameters()), "nothing to train"
-    back_end: Callable[..., Engine]
-    match spec.kind:
-        case "deepspeed":
-            from skd_dist.engines.deepspeed_engine import DeepSpeedEngine
-
-            back_end = partial(DeepSpeedEngine, micro_batch_size=micro_batch_size)
-        case "torch":
-            from skd_dist.engines.torch_engine import TorchEngine
-
-            back_end = TorchEngine
-        case "accelerate":
-            from skd_dist.engines.accelerate_engine import AccelerateEngine
-
-            back_end = AccelerateEngine
+    if device.type == "cpu":
+        # DeepSpeed, which accelerate imports too, would otherwise take a GPU that we were told to leave alone. It looks
+        # at its first use, so the variable stays.
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    back_end = _back_end(spec.kind, micro_batch_size)
     return back_end(
         module,
         config=spec.deepspeed or {},
@@ -84,3 +76,19 @@ def make_engine(
         num_students=num_students,
         device=device,
     )
+
+
+def _back_end(kind: EngineKind, micro_batch_size: int) -> Callable[..., Engine]:
+    match kind:
+        case "deepspeed":
+            from skd_dist.engines.deepspeed_engine import DeepSpeedEngine
+
+            return partial(DeepSpeedEngine, micro_batch_size=micro_batch_size)
+        case "torch":
+            from skd_dist.engines.torch_engine import TorchEngine
+
+            return TorchEngine
+        case "accelerate":
+            from skd_dist.engines.accelerate_engine import AccelerateEngine
+
+            return AccelerateEngine

@@ -87,6 +87,8 @@ def complete_config(
     complete["train_micro_batch_size_per_gpu"] = micro_batch_size
     complete["gradient_accumulation_steps"] = grad_accum_steps
     complete["train_batch_size"] = micro_batch_size * grad_accum_steps * num_students
+    # DeepSpeed's own default clips at 1.0, which nobody asked for and no other engine does.
+    complete["gradient_clipping"] = gradient_clipping(config)
     if "offload_optimizer" in complete.get("zero_optimization", {}):
         # DeepSpeed's own CPU optimizer is faster but compiled on first use; torch's needs no compiler.
         complete["zero_force_ds_cpu_optimizer"] = False

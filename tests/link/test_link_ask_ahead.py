@@ -1,0 +1,79 @@
+"""Running ahead: what is asked when, and that every batch meets its own answer."""
+
+from collections.abc import Mapping, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from skd_dist.contracts import Batch
+from skd_dist.link.ask_ahead import AskAhead
+
+
+class Recorder:
+    """Answers with the request's own images, and writes down the order of calls."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, int]] = []
+        self._images: dict[int, Tensor] = {}
+
+    def submit(self, request_id: int, images: Tensor, outputs: Sequence[str]) -> None:
+        self.calls.append(("submit", request_id))
+        self._images[request_id] = images
+
+    def take(self, request_id: int) -> Mapping[str, Tensor]:
+        self.calls.append(("take", request_id))
+        return {"stem": self._images.pop(request_id)}
+
+    def stats(self) -> Mapping[str, float]:
+        return {"wait_s": 1.5}
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def batches(count: int) -> list[Batch]:
+    return [
+        Batch(torch.full((1, 3, 1, 1), number, dtype=torch.uint8), torch.zeros(1), torch.ones(1), (str(number),))
+        for number in range(count)
+    ]
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2, 10])
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_every_batch_meets_its_own_answer_in_order(depth: int, count: int) -> None:
+    link = Recorder()
+    found = [
+        (batch.keys[0], int(answer["stem"][0, 0]))
+        for batch, answer in AskAhead(link, depth=depth).stream(batches(count), ("stem",))
+    ]
+    assert found == [(str(number), number) for number in range(count)]
+    assert len(link.calls) == 2 * count
+
+
+def test_requests_run_ahead_by_the_depth() -> None:
+    link = Recorder()
+    list(AskAhead(link, depth=2).stream(batches(4), ("stem",)))
+    names = [f"{call}{number}" for call, number in link.calls]
+    assert names == ["submit0", "submit1", "submit2", "take0", "submit3", "take1", "take2", "take3"]
+
+
+def test_a_stage_without_outputs_leaves_the_teacher_alone() -> None:
+    link = Recorder()
+    found = list(AskAhead(link, depth=2).stream(batches(3), ()))
+    assert [answer for _, answer in found] == [{}, {}, {}] and not link.calls
+    assert len(list(AskAhead(None, depth=2).stream(batches(3), ()))) == 3
+
+
+def test_numbers_go_on_through_all_streams_of_a_run() -> None:
+    link = Recorder()
+    ask = AskAhead(link, depth=0)
+    list(ask.stream(batches(2), ("stem",)))
+    list(ask.stream(batches(1), ("stem",)))
+    assert [number for call, number in link.calls if call == "submit"] == [0, 1, 2]
+
+
+def test_waiting_for_data_is_counted_and_starts_afresh() -> None:
+    ask = AskAhead(Recorder(), depth=0)
+    list(ask.stream(batches(3), ("stem",)))
+    assert ask.stats()["data_wait_s"] > 0 and ask.stats() == {"wait_s": 1.5, "data_wait_s": 0.0}

@@ -1,0 +1,61 @@
+"""Evaluation: padding does not count, numbers are those of a hand count."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from skd_dist.contracts import Batch
+from skd_dist.evaluate import evaluate_logits, evaluate_stage
+from skd_dist.link.ask_ahead import AskAhead
+from skd_dist.link.inline import InlineLink
+from skd_dist.methods import find_method
+from skd_dist.plan import LOGITS, OptimizerSpec, StageSpec, Tap
+
+CPU = torch.device("cpu")
+
+
+def batch_of(labels: list[int], valid: list[bool]) -> Batch:
+    images = torch.tensor(labels, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+    return Batch(images, torch.tensor(labels), torch.tensor(valid), tuple(map(str, labels)))
+
+
+BATCHES = [batch_of([0, 1, 2], [True, True, True]), batch_of([2, 1, 1], [True, False, False])]
+
+
+def always_two(batch: Batch, _: object) -> Tensor:
+    return torch.eye(3)[2].expand(len(batch.keys), 3)
+
+
+def test_accuracy_counts_valid_samples_once() -> None:
+    found = evaluate_logits(always_two, stream=((batch, {}) for batch in BATCHES), device=CPU)
+    assert found["top1_frac"] == pytest.approx(2 / 4)
+    right, wrong = -torch.log_softmax(torch.tensor([0.0, 0.0, 1.0]), 0)[[2, 0]].double()
+    assert found["cross_entropy"] == pytest.approx(float(2 * right + 2 * wrong) / 4, rel=1e-6)
+
+
+class Doubles(nn.Module):
+    """Twice the image as the feature, in whatever mode; records the mode."""
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        assert not self.training
+        return {"stage1": 2.0 * images.float()}
+
+
+def test_a_stage_s_objective_and_nmse_are_over_the_whole_split() -> None:
+    stage = StageSpec(
+        index=0,
+        name="stage1",
+        trains=("stage1",),
+        taps=(Tap(student="stage1", teacher="stage1"),),
+        num_steps=1,
+        optimizer=OptimizerSpec(),
+    )
+    ask = AskAhead(InlineLink(lambda images, outputs: {"stage1": images.float()}), depth=1)
+    found = evaluate_stage(
+        Doubles().train(), stage=stage, method=find_method("skd"), batches=BATCHES, ask=ask, device=CPU
+    )
+    targets = torch.tensor([0.0, 1.0, 2.0, 2.0])  # the difference is the target itself
+    mse, variance = targets.square().mean(), targets.var(unbiased=False)
+    assert found["val/loss"] == found["val/feature_mse/stage1"] == pytest.approx(float(mse))
+    assert found["val/nmse/stage1"] == pytest.approx(float(mse / variance), rel=1e-5)
+    assert LOGITS not in found and "val/top1_frac" not in found

@@ -1,0 +1,69 @@
+"""The stage module: modes, adapters, names, and where initial weights come from."""
+
+import pytest
+import torch
+
+from skd_dist.models.cut import cut_model
+from skd_dist.plan import LOGITS, OptimizerSpec, StageSpec, Tap
+from skd_dist.student import StageModule, build_stage_module, student_part
+
+STUDENT = cut_model("test_resnet", num_classes=3, image_size=32)
+TEACHER = cut_model("test_convnext", num_classes=3, image_size=32)
+IMAGES = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+STAGE = StageSpec(
+    index=2,
+    name="stage2",
+    trains=("stage2",),
+    taps=(Tap(student="stage2", teacher="stage1"),),
+    student_logits=True,
+    num_steps=1,
+    optimizer=OptimizerSpec(),
+)
+
+
+def build(**changes: object) -> StageModule:
+    arguments = {"cut": STUDENT, "stage": STAGE, "teacher_cut": TEACHER, "frozen_batchnorm": "eval", "seed": 0}
+    return build_stage_module(**(arguments | {"start_from": None} | changes))  # type: ignore[arg-type]
+
+
+def test_gives_adapted_features_under_the_teacher_s_names() -> None:
+    outputs = build()(IMAGES)
+    feature = TEACHER.group("stage1").feature
+    assert feature is not None
+    assert set(outputs) == {"stage1", LOGITS}
+    assert outputs["stage1"].shape == (4, *feature.shape) and outputs[LOGITS].shape == (4, 3)
+
+
+def test_whoever_asks_only_the_stage_and_its_adapter_train() -> None:
+    module = build()
+    module.eval()
+    module.train()
+    training = {name for name, part in module.named_modules() if part.training and list(part.parameters(recurse=False))}
+    assert training and all(name.startswith(("model.layer2.", "adapters.")) for name in training)
+    gradients = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    assert gradients == {f"model.{name}" for name in STUDENT.parameters_of(["stage2"])} | {
+        name for name, _ in module.named_parameters() if name.startswith("adapters.")
+    }
+    assert not any(part.training for part in module.eval().modules())
+
+
+def test_the_student_s_part_leaves_adapters_behind() -> None:
+    state = student_part(build().state_dict())
+    assert set(state) == set(STUDENT.parameters_of(STUDENT.group_names)) | set(STUDENT.buffers_of(STUDENT.group_names))
+
+
+def test_starts_from_the_state_given() -> None:
+    other = student_part(build(seed=5).state_dict())
+    started = student_part(build(start_from=other).state_dict())
+    assert all(torch.equal(started[name], other[name]) for name in other)
+
+
+@pytest.mark.parametrize("global_seed", [0, 1])
+def test_initial_weights_are_a_function_of_the_seed_alone(global_seed: int) -> None:
+    torch.manual_seed(global_seed)
+    before = torch.get_rng_state()
+    one, two, other = (build(seed=seed).state_dict() for seed in (3, 3, 4))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    adapters = [name for name in one if name.startswith("adapters.") and one[name].dim() > 1]
+    assert adapters and not any(torch.equal(one[name], other[name]) for name in adapters)
