@@ -10,6 +10,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from skd_dist.config import RunConfig, parse_flags
 from skd_dist.dry_run import describe_runs
@@ -55,7 +56,17 @@ def main(
         if rank == 0:
             print_error(error.line)
         sys.exit(EXIT_USER_ERROR)
-    sys.exit(run_all(runs, world=world))
+    exit_code = run_all(runs, world=world)
+    if exit_code and world.world_size > 1:
+        _leave_at_once(exit_code)
+    sys.exit(exit_code)
+
+
+def _leave_at_once(exit_code: int) -> NoReturn:
+    """Exit without Python's long goodbye: the launcher ends what is left a second after the first rank has gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def _without_launcher_flags(arguments: Sequence[str]) -> list[str]:

@@ -128,6 +128,7 @@ def run_all(configs: Sequence[RunConfig], *, world: World) -> int:
         if job.world.rank == 0:
             RunDisplay().print(summary_table(summaries))
     except JobEnded as ended:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all leave by themselves now, with this code
         emergency.fail(str(ended))
         exit_code = ended.exit_code
     except UserError as error:

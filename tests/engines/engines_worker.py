@@ -201,8 +201,6 @@ def run_case(case: Case, rank: int, alive: list[weakref.ref[Any]]) -> Result:
         output_dtype=outputs["logits"].dtype,
         total=engine.all_reduce_sum(torch.tensor([rank + 1.0, 0.1], dtype=torch.float64)),
     )
-    # All that lives now belongs to libraries: looking through it again at every close would take most of the time.
-    gc.freeze()
     alive += [weakref.ref(module), weakref.ref(engine), weakref.ref(engine._optimizer)]  # type: ignore[attr-defined]
     engine.close()
     return result
