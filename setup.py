@@ -1,5 +1,7 @@
 """Packaging of skd_dist; exact versions for development and CI are in requirements.lock."""
 
+from glob import glob
+
 from setuptools import find_packages, setup
 
 setup(
@@ -9,6 +11,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["skd_dist", "skd_dist.*"]),
+    data_files=[("share/skd_dist/ds_configs", sorted(glob("ds_configs/*.json")))],
     install_requires=[
         "accelerate>=1.10",
         "braceexpand>=0.1.7",

@@ -22,7 +22,9 @@ NUM_SEEDS = 3
 
 
 def config() -> RunConfig:
-    return dataclasses.replace(digits_config(), fraction=0.05, run_dir=Path("runs/demo"))
+    return dataclasses.replace(
+        digits_config(), fraction=0.05, stage_duration="120steps", head_duration="120steps", run_dir=Path("runs/demo")
+    )
 
 
 def all_pairs(base: RunConfig) -> Sequence[RunConfig]:

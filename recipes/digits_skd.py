@@ -5,7 +5,8 @@ schedule.
 
 Command:
     deepspeed --num_accelerators 1 recipes/train_teacher.py --train-shards digits:train --val-shards digits:val \
-        --num-classes 10 --teacher skd_narrow_resnet26 --image-size 32 --run-dir runs/digits-teacher
+        --num-classes 10 --teacher skd_narrow_resnet26 --image-size 32 --augment shift \
+        --run-dir runs/digits-teacher
     deepspeed --num_accelerators 3 recipes/digits_skd.py \
         --teacher-checkpoint runs/digits-teacher/student/model.safetensors
 
@@ -34,7 +35,7 @@ def config() -> RunConfig:
         num_workers=0,
         stage_duration="200steps",
         head_duration="200steps",
-        lr=3e-3,
+        lr=1e-2,
         schedule="one_cycle",
         augment="shift",
         run_dir=Path("runs/digits_skd"),

@@ -52,6 +52,8 @@ class RunConfig:
     """Number of classes, > 1."""
     image_size: int = 224
     """Side of the square images both models see, pixels."""
+    augment: Augment = "resized_crop"
+    """Training augmentation: resized_crop (ImageNet), crop_flip (CIFAR), shift (digits) or none."""
     fraction: float = 1.0
     """Share of the training samples that is used, 0 < f <= 1; class-balanced, nested."""
     teacher_ranks: int | Literal["auto"] = "auto"
@@ -99,8 +101,6 @@ class RunConfig:
     dry_run: bool = False
     """Print plan, matching, roles and costs; writes nothing, downloads nothing, needs no teacher weights."""
 
-    augment: tyro.conf.Suppress[Augment] = "resized_crop"
-    """Training augmentation."""
     optimizer: tyro.conf.Suppress[Literal["adam", "adamw", "sgd"]] = "adam"
     """Of every stage."""
     schedule: tyro.conf.Suppress[Literal["constant", "one_cycle", "cosine"]] = "constant"

@@ -159,9 +159,7 @@ def engine_spec_of(config: RunConfig) -> EngineSpec:
     kind = config.engine
     if kind == "deepspeed" and config.deepspeed_config == "none":
         return EngineSpec(kind="torch")
-    name = config.deepspeed_config
-    if name == "auto":
-        name = "zero2" if device_kind() == "cuda" else "cpu"
+    name = None if config.deepspeed_config == "auto" else config.deepspeed_config
     return EngineSpec(kind=kind, deepspeed=load_deepspeed_config(name, device_kind=device_kind()))
 
 

@@ -24,6 +24,7 @@ FLAGS = [
     "--match",
     "--num-classes",
     "--image-size",
+    "--augment",
     "--fraction",
     "--teacher-ranks",
     "--teacher-placement",

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from skd_dist.data.fraction import balanced_order
 from skd_dist.data.pack import PackSample, write_shards
@@ -32,6 +31,9 @@ def write_digits_shards(out: Path) -> None:
     missing = [split for split in SPLITS if not (out / split).exists()]
     if not missing:
         return
+    # Six seconds of imports that only the rank that unpacks needs.
+    from sklearn.datasets import load_digits
+
     images, labels = load_digits(return_X_y=True)
     keys = [f"digit_{number:04d}" for number in range(len(labels))]
     order = balanced_order([key.encode() for key in keys], labels.astype(np.int64), length=len(labels), seed=_SEED)

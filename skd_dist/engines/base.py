@@ -63,7 +63,7 @@ def make_engine(
         UserError: the back end refuses the configuration.
     """
     assert any(parameter.requires_grad for parameter in module.parameters()), "nothing to train"
-    if device.type == "cpu":
+    if device.type == "cpu" and spec.kind != "torch":
         # DeepSpeed, which accelerate imports too, would otherwise take a GPU that we were told to leave alone. It looks
         # at its first use, so the variable stays.
         os.environ["DS_ACCELERATOR"] = "cpu"

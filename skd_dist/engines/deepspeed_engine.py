@@ -139,7 +139,8 @@ def _check_config(complete: dict[str, Any]) -> None:
     try:
         DeepSpeedConfig(complete)
     except (ValueError, DeepSpeedConfigError) as cause:
-        raise UserError("DeepSpeed refuses the configuration", got=cause, do="mend the DeepSpeed config") from cause
+        reason = " ".join(line for line in str(cause).splitlines() if "https://" not in line)
+        raise UserError("DeepSpeed refuses the configuration", got=reason, do="mend the DeepSpeed config") from cause
 
 
 def _prepare_process(device: torch.device) -> None:

@@ -9,6 +9,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from skd_dist.contracts import Engine
 from skd_dist.engines import EngineSpec, make_engine
 from skd_dist.engines.base import EngineKind
+from skd_dist.engines.collectives import full_state
 from skd_dist.errors import UserError
 from skd_dist.plan import OptimizerSpec
 
@@ -29,6 +31,8 @@ GRAD_ACCUM_STEPS = 2
 NUM_STEPS = 3
 LEARNING_RATES = (1e-2, 3e-3, 5e-3)
 CPU = torch.device("cpu")
+GROUP_TIMEOUT = timedelta(seconds=120)
+"""An engine that waits for a student in vain ends the test."""
 
 SPLIT_EVERYTHING = {"stage": 3, "stage3_param_persistence_threshold": 0}
 """Without it ZeRO 3 would leave parameters as small as ours whole."""
@@ -95,6 +99,7 @@ ADAMW = OptimizerSpec(name="adamw", weight_decay=1e-1)
 CASES: dict[str, Case] = {
     "alone": Case(kind="torch", num_students=1),
     "torch": Case(kind="torch"),
+    "alone/accelerate": Case(kind="accelerate", num_students=1),
     "accelerate": Case(kind="accelerate"),
     **{f"zero{stage}": Case(kind="deepspeed", config=zero(stage)) for stage in range(4)},
     "zero2_offload": Case(kind="deepspeed", config=OFFLOAD),
@@ -119,6 +124,8 @@ CASES: dict[str, Case] = {
     "torch/vit": Case(kind="torch", stage_module=VitStage, optimizer=SGD),
     "zero3/vit": Case(kind="deepspeed", config=zero(3), stage_module=VitStage, optimizer=SGD),
 }
+
+LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS", "TORCHDYNAMO_DISABLE")
 
 REFUSED_CONFIGS: dict[str, dict[str, Any]] = {
     "no such ZeRO stage": {"zero_optimization": {"stage": 7}},
@@ -174,7 +181,7 @@ def train(engine: Engine, case: Case, rank: int) -> list[float]:
     return losses
 
 
-def run_case(case: Case, rank: int, alive: list[weakref.ref[Any]]) -> Result:
+def run_case(case: Case, rank: int, closed: list[weakref.ref[Any]]) -> Result:
     torch.manual_seed(0)
     module = case.stage_module()
     initial = {name: tensor.clone() for name, tensor in module.state_dict().items()}
@@ -201,9 +208,19 @@ def run_case(case: Case, rank: int, alive: list[weakref.ref[Any]]) -> Result:
         output_dtype=outputs["logits"].dtype,
         total=engine.all_reduce_sum(torch.tensor([rank + 1.0, 0.1], dtype=torch.float64)),
     )
-    alive += [weakref.ref(module), weakref.ref(engine), weakref.ref(engine._optimizer)]  # type: ignore[attr-defined]
+    closed += [weakref.ref(module), weakref.ref(engine), weakref.ref(engine._optimizer)]  # type: ignore[attr-defined]
     engine.close()
     return result
+
+
+def disagreeing_buffers(rank: int) -> nn.Module:
+    """Another value on every rank where the kind of buffer decides what happens to it."""
+    module = nn.Module()
+    module.register_buffer("counter", torch.tensor([7 + rank]))
+    module.register_buffer("average", torch.tensor([1.0 + rank], dtype=torch.float16))
+    module.register_buffer("equal", torch.tensor([1 / 3]))
+    module.register_buffer("derived", torch.zeros(1), persistent=False)
+    return module
 
 
 def refusals() -> dict[str, str]:
@@ -230,13 +247,13 @@ def work(rank: int, folder: Path) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "GLOO_SOCKET_IFNAME": "lo"}
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), NUM_STUDENTS)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=NUM_STUDENTS)
-    environment = dict(os.environ)
-    alive: list[weakref.ref[Any]] = []
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=NUM_STUDENTS, timeout=GROUP_TIMEOUT)
+    launch_variables = {name: os.environ.get(name) for name in LAUNCH_VARIABLES}
+    closed: list[weakref.ref[Any]] = []
     results = {}
     for name, case in CASES.items():
         if rank == 0 or case.num_students > 1:
-            results[name] = run_case(case, rank, alive)
+            results[name] = run_case(case, rank, closed)
             gc.collect()
             # The rest belongs to libraries: looking through it at every close again would take most of the test's time.
             gc.freeze()
@@ -246,8 +263,10 @@ def work(rank: int, folder: Path) -> None:
         {
             "results": results,
             "refusals": lines,
-            "num_alive": sum(reference() is not None for reference in alive),
-            "environment_changes": sorted(set(os.environ.items()) ^ set(environment.items())),
+            "num_closed": len(closed),
+            "num_alive": sum(reference() is not None for reference in closed),
+            "launch_variables_kept": launch_variables == {name: os.environ.get(name) for name in LAUNCH_VARIABLES},
+            "disagreeing": full_state(disagreeing_buffers(rank), num_students=NUM_STUDENTS, device=CPU),
             "num_threads": torch.get_num_threads(),
         },
         folder / f"rank{rank}.pt",
