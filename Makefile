@@ -25,7 +25,7 @@ demo: env
 	rm -rf $(DEMO)
 	$(ON_CPU) python recipes/train_teacher.py --train-shards digits:train --val-shards digits:val \
 		--test-shards digits:test --num-classes 10 --image-size 32 --augment shift --teacher skd_narrow_resnet26 \
-		--head-duration 400steps --global-batch-size 64 --num-workers 0 --lr 1e-2 --run-dir $(DEMO)/teacher
+		--head-duration 300steps --global-batch-size 64 --num-workers 0 --lr 1e-2 --run-dir $(DEMO)/teacher
 	$(ON_CPU) deepspeed --num_accelerators 3 recipes/digits_demo.py --teacher-ranks 1 \
 		--teacher-checkpoint $(DEMO)/teacher/student/model.safetensors --run-dir $(DEMO)
 	@echo "compare the runs: $(BIN)/mlflow ui --backend-store-uri sqlite:///$(DEMO)/mlflow.db"

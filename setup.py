@@ -1,6 +1,6 @@
 """Packaging of skd_dist; exact versions for development and CI are in requirements.lock."""
 
-from glob import glob
+from pathlib import Path
 
 from setuptools import find_packages, setup
 
@@ -11,7 +11,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["skd_dist", "skd_dist.*"]),
-    data_files=[("share/skd_dist/ds_configs", sorted(glob("ds_configs/*.json")))],
+    data_files=[("share/skd_dist/ds_configs", [str(path) for path in sorted(Path("ds_configs").glob("*.json"))])],
     install_requires=[
         "accelerate>=1.10",
         "braceexpand>=0.1.7",

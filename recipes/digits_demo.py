@@ -23,7 +23,7 @@ NUM_SEEDS = 3
 
 def config() -> RunConfig:
     return dataclasses.replace(
-        digits_config(), fraction=0.05, stage_duration="120steps", head_duration="120steps", run_dir=Path("runs/demo")
+        digits_config(), fraction=0.05, stage_duration="90steps", head_duration="90steps", run_dir=Path("runs/demo")
     )
 
 

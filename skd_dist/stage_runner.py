@@ -103,7 +103,7 @@ def train_stage(side: StudentSide, stage: StageSpec, state: State) -> tuple[Stat
     check_frozen(side, stage, before=state, after=student_part(chosen))
     entry = _summary_entry(stage, report, chosen_values)
     _publish(side, stage, student_part(chosen), entry)
-    side.display.end_stage({**report.last_values, **chosen_values})
+    side.display.end_stage({**report.last_values, **chosen_values, **_overall_rates(entry)})
     side.tracker.end_child("FINISHED")
     return student_part(chosen), entry
 
@@ -222,6 +222,12 @@ def _summary_entry(stage: StageSpec, report: StageReport, chosen_values: Mapping
         "data_wait_frac": report.data_wait_s / report.seconds,
         "val": {name.removeprefix("val/"): value for name, value in chosen_values.items()},
     }
+
+
+def _overall_rates(entry: Mapping[str, Any]) -> dict[str, float]:
+    """Rates of the whole stage; those of the last window leave out batches that were loaded ahead of it."""
+    names = ("student_images_per_s", "teacher_wait_frac", "data_wait_frac")
+    return {f"perf/{name}": entry[name] for name in names}
 
 
 def _publish(side: StudentSide, stage: StageSpec, state: State, entry: Mapping[str, Any]) -> None:
