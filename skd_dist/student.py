@@ -109,8 +109,10 @@ def build_stage_module(
     model = create_model(cut.name, num_classes=cut.num_classes, image_size=cut.image_size, seed=seed)
     if start_from is not None:
         model.load_state_dict(dict(start_from), strict=True)
+    # A third faster on a CPU, and what tensor cores want; the teacher's features come in it too.
+    channels_last: nn.Module = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return StageModule(
-        model,
+        channels_last,
         cut=cut,
         stage=stage,
         teacher_cut=teacher_cut,

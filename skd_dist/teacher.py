@@ -57,12 +57,12 @@ class FrozenTeacher:
             outputs: group names, and LOGITS.
 
         Returns:
-            output name -> tensor in the teacher's dtype, contiguous, on its device.
+            output name -> tensor in the teacher's dtype, in whatever memory format it came out, on its device.
         """
         taps = [name for name in outputs if name != LOGITS]
         with torch.inference_mode():
             found = run_cut(self.cut, self._model, images.to(self.device), taps=taps, logits=LOGITS in outputs)
-            return {name: found[name].contiguous() for name in outputs}
+            return {name: found[name] for name in outputs}
 
     def digest(self) -> str:
         """sha256 over all weights and buffers, to compare ranks and to prove that nothing moved."""

@@ -22,13 +22,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
 from torch import Tensor, nn
 
-from skd_dist.contracts import Batch, Outputs, PlanContext, TeacherLink
+from skd_dist.contracts import Batch, Engine, Outputs, PlanContext, TeacherLink
 from skd_dist.engines import EngineSpec, make_engine
 from skd_dist.job.failure import FailureWatch
 from skd_dist.job.rendezvous import Job, join_job, leave_job
@@ -62,8 +64,8 @@ class StageBench:
     """Images per step, one for each image size."""
     rounds: int = 5
     """Counted rounds; one more comes first and is not counted."""
-    steps: int = 3
-    """Steps of each way in a round."""
+    steps: int = 5
+    """Steps of each way in a round, > 1; the first fills the pipeline and is not counted."""
     out: Path | None = None
     """Where to write the table as JSON."""
 
@@ -100,8 +102,29 @@ class ReadyLink:
         """Nothing is open."""
 
 
-def measure_loop(scene: Scene, link: TeacherLink) -> Callable[[], float]:
-    """A function that trains `steps` steps of the project's loop and says how many seconds they took."""
+class TimedEngine:
+    """An engine that notes when each step was done."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._done: list[float] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def step(self, learning_rate: float) -> None:
+        """The engine's step."""
+        self._engine.step(learning_rate)
+        self._done.append(time.perf_counter())
+
+    @property
+    def step_seconds(self) -> list[float]:
+        """Of every step but the first, which fills the pipeline."""
+        return [after - before for before, after in pairwise(self._done)]
+
+
+def measure_loop(scene: Scene, link: TeacherLink) -> Callable[[], list[float]]:
+    """A function that trains some steps of the project's loop and says how many seconds each but the first took."""
     module = build_stage_module(
         cut=scene.student,
         stage=scene.stage,
@@ -110,7 +133,7 @@ def measure_loop(scene: Scene, link: TeacherLink) -> Callable[[], float]:
         seed=0,
         start_from=None,
     )
-    engine = make_engine(
+    engine: Engine = make_engine(
         EngineSpec(kind="torch"),
         module,
         optimizer=scene.stage.optimizer,
@@ -121,10 +144,11 @@ def measure_loop(scene: Scene, link: TeacherLink) -> Callable[[], float]:
     )
     ask = AskAhead(link, depth=2)
 
-    def run() -> float:
-        report = run_stage(
+    def run() -> list[float]:
+        timed = TimedEngine(engine)
+        run_stage(
             scene.stage,
-            engine=engine,
+            engine=timed,
             method=find_method("skd"),
             batches=_repeat(scene.batch, scene.steps),
             ask=ask,
@@ -135,7 +159,7 @@ def measure_loop(scene: Scene, link: TeacherLink) -> Callable[[], float]:
             report_every=scene.steps,
             on_report=lambda step, values: None,
         )
-        return report.seconds
+        return timed.step_seconds
 
     return run
 
@@ -144,7 +168,7 @@ def _repeat(batch: Batch, count: int) -> Iterator[Batch]:
     return iter([batch] * count)
 
 
-def measure_plain(scene: Scene) -> Callable[[], float]:
+def measure_plain(scene: Scene) -> Callable[[], list[float]]:
     """The published loop: both whole networks forward in float32, features by hooks, Adam over all parameters."""
     student = create_model(scene.student.name, num_classes=NUM_CLASSES, image_size=scene.student.image_size, seed=0)
     teacher = create_model(scene.teacher.name, num_classes=NUM_CLASSES, image_size=scene.teacher.image_size, seed=1)
@@ -160,8 +184,8 @@ def measure_plain(scene: Scene) -> Callable[[], float]:
     student.train()
     teacher.eval()
 
-    def run() -> float:
-        started = time.perf_counter()
+    def run() -> list[float]:
+        done = []
         for _ in range(scene.steps):
             images = scene.batch.images.float() / 255
             with torch.no_grad():
@@ -174,7 +198,8 @@ def measure_plain(scene: Scene) -> Callable[[], float]:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        return time.perf_counter() - started
+            done.append(time.perf_counter())
+        return [after - before for before, after in pairwise(done)]
 
     return run
 
@@ -223,22 +248,22 @@ def bench_stages(bench: StageBench, job: Job, *, image_size: int, batch_size: in
     return rows
 
 
-def _take_turns(runs: Mapping[str, Callable[[], float]], *, rounds: int) -> dict[str, list[float]]:
+def _take_turns(runs: Mapping[str, Callable[[], list[float]]], *, rounds: int) -> dict[str, list[float]]:
+    """Median seconds of a step, one for each counted round."""
     seconds: dict[str, list[float]] = {way: [] for way in runs}
     for number in range(rounds + 1):
         for way, run in runs.items():
-            found = run()
+            found = statistics.median(run())
             if number:
                 seconds[way].append(found)
     return seconds
 
 
 def _row(scene: Scene, image_size: int, seconds: Mapping[str, Sequence[float]]) -> dict[str, object]:
-    num_images = len(scene.batch.keys) * scene.steps
+    num_images = len(scene.batch.keys)
     row: dict[str, object] = {"image_size": image_size, "stage": scene.stage.name, "batch_size": len(scene.batch.keys)}
     for way in WAYS:
         row[f"{way}_images_per_s"] = num_images / statistics.median(seconds[way])
-        row[f"{way}_median_s"] = statistics.median(seconds[way]) / scene.steps
     for name, top, bottom in (("remote/ready", "ready", "remote"), ("inline/plain", "plain", "inline")):
         # Paired within a round: seconds of `bottom` are what `top` is divided by.
         row[name] = statistics.median(a / b for a, b in zip(seconds[top], seconds[bottom], strict=True))
