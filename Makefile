@@ -28,7 +28,6 @@ demo: env
 		--head-duration 300steps --global-batch-size 64 --num-workers 0 --lr 1e-2 --run-dir $(DEMO)/teacher
 	$(ON_CPU) deepspeed --num_accelerators 3 recipes/digits_demo.py --teacher-ranks 1 \
 		--teacher-checkpoint $(DEMO)/teacher/student/model.safetensors --run-dir $(DEMO)
-	@echo "compare the runs: $(BIN)/mlflow ui --backend-store-uri sqlite:///$(DEMO)/mlflow.db"
 
 test: env lint types
 	OMP_NUM_THREADS=1 $(ON_CPU) python -m pytest

@@ -8,7 +8,7 @@ code 2. Between those points a teacher rank serves and the students train (`stud
 import os
 import signal
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -126,7 +126,7 @@ def run_all(configs: Sequence[RunConfig], *, world: World) -> int:
         for number, config in enumerate(configs):
             summaries += run_once(config, job, key=f"{number}-{config.name}", emergency=emergency)
         if job.world.rank == 0:
-            RunDisplay().print(summary_table(summaries))
+            _show(summaries)
     except JobEnded as ended:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all leave by themselves now, with this code
         emergency.fail(str(ended))
@@ -204,6 +204,17 @@ def _check_teacher_unchanged(job: Job, teacher: FrozenTeacher | None, digest: st
     if teacher is not None and teacher.digest() != digest:
         raise RuntimeError(f"rank {job.world.rank}: the teacher's weights moved during the run")
     agree(job, f"{key}/finished", None)
+
+
+def _show(summaries: Sequence[Mapping[str, Any]]) -> None:
+    """What came out: the stages of a single run, one line for each run, and where to compare them."""
+    display = RunDisplay()
+    if len(summaries) == 1:
+        display.closing_table(summaries[0])
+    display.print(summary_table(summaries))
+    uri = str(summaries[-1]["mlflow"].get("tracking_uri") or "")
+    if uri:
+        display.notice(f"compare runs at {uri}" if uri.startswith("http") else f"mlflow ui --backend-store-uri '{uri}'")
 
 
 def _remove_if_empty(job: Job, run_dir: Path) -> None:

@@ -100,9 +100,12 @@ def test_settings_keep_what_the_user_set() -> None:
     assert environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
 
 
-def test_only_retries_to_mlflow_are_silenced(caplog: pytest.LogCaptureFixture) -> None:
+def test_only_retries_to_mlflow_are_silenced(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     settle_mlflow({})
     logger = logging.getLogger("urllib3.connectionpool")
+    # Libraries that other tests import in this process quieten or disable it.
+    monkeypatch.setattr(logger, "disabled", False)
+    caplog.set_level(logging.WARNING, logger=logger.name)
     logger.warning("Retrying after connection broken: %s", "/api/2.0/mlflow/runs/create")
     logger.warning("Retrying after connection broken: %s", "/models/resnet18")
     assert [record.getMessage() for record in caplog.records] == ["Retrying after connection broken: /models/resnet18"]
