@@ -11,7 +11,8 @@
 split at `&&`, `;` and `|`, comments and leading `NAME=value` left out) is looked at:
   - `make X Y`: X and Y are targets of the Makefile;
   - `.venv/bin/X`: X is installed beside the Python that runs the tests;
-  - `recipes/X.py`, `tools/X.py`: the file exists, and every `--flag` after it is in its `--help`.
+  - `recipes/X.py`, `tools/X.py`: the file exists, and every `--flag` after it (and after a subcommand) is in its
+    `--help`.
 Other commands, and a launcher's own flags before the file, are not looked at.
 """
 
@@ -104,16 +105,17 @@ def _problems_of_program(program: str, arguments: list[str]) -> Iterator[str]:
     if not (ROOT / program).is_file():
         yield f"{program} does not exist"
         return
-    known = set(re.findall(r"--[a-z][\w-]*", _help_of(program)))
+    subcommand = arguments[0] if arguments and re.fullmatch(r"[a-z]+", arguments[0]) else ""
+    known = set(re.findall(r"--[a-z][\w-]*", _help_of(program, subcommand)))
     flags = [word.partition("=")[0] for word in arguments if word.startswith("--")]
     yield from (f"{program} has no flag {flag}" for flag in flags if flag not in known)
 
 
 @functools.cache
-def _help_of(program: str) -> str:
+def _help_of(program: str, subcommand: str) -> str:
     printed = io.StringIO()
     with (
-        mock.patch.object(sys, "argv", [program, "--help"]),
+        mock.patch.object(sys, "argv", [program, *subcommand.split(), "--help"]),
         contextlib.redirect_stdout(printed),
         pytest.raises(SystemExit) as ended,
     ):
