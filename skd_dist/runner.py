@@ -7,6 +7,7 @@ code 2. Between those points a teacher rank serves and the students train (`stud
 
 import os
 import signal
+import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -214,7 +215,10 @@ def _show(summaries: Sequence[Mapping[str, Any]]) -> None:
     display.print(summary_table(summaries))
     uri = str(summaries[-1]["mlflow"].get("tracking_uri") or "")
     if uri:
-        display.notice(f"compare runs at {uri}" if uri.startswith("http") else f"mlflow ui --backend-store-uri '{uri}'")
+        # With its path: the environment of this program need not be the one in the user's shell.
+        mlflow = Path(sys.executable).with_name("mlflow")
+        where = uri if uri.startswith("http") else f"{mlflow} ui --backend-store-uri '{uri}'"
+        display.notice(f"compare runs: {where}")
 
 
 def _remove_if_empty(job: Job, run_dir: Path) -> None:

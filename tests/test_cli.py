@@ -108,6 +108,7 @@ def test_a_run_directory_is_not_used_twice_and_not_for_another_plan(run: Run, tm
     )
     assert code == 0, stderr
     assert "http://127.0.0.1:9 cannot be used" in stdout
+    assert f"mlflow ui --backend-store-uri 'sqlite:///{tmp_path / 'mlflow.db'}'" in stdout
     assert (tmp_path / "mlflow.db").exists()
     code, _, stderr = run("--method", "no_teacher", "--stage-duration", "1steps")
     assert code == 2 and "already holds a run; give --resume" in stderr
