@@ -31,13 +31,15 @@ def make_optimizer(parameters: Iterable[nn.Parameter], spec: OptimizerSpec) -> t
         spec: which optimizer; its peak learning rate is set, the loop overrides it at every step.
 
     Returns:
-        A plain torch optimizer, the same one for every engine.
+        A plain torch optimizer, the same one for every engine. Fused: one pass over the memory instead of ten.
     """
     trainable = list(parameters)
     if spec.name == "sgd":
-        return torch.optim.SGD(trainable, lr=spec.learning_rate, momentum=spec.momentum, weight_decay=spec.weight_decay)
+        return torch.optim.SGD(
+            trainable, lr=spec.learning_rate, momentum=spec.momentum, weight_decay=spec.weight_decay, fused=True
+        )
     adam = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[spec.name]
-    return adam(trainable, lr=spec.learning_rate, weight_decay=spec.weight_decay)
+    return adam(trainable, lr=spec.learning_rate, weight_decay=spec.weight_decay, fused=True)
 
 
 def learning_rate_at(spec: OptimizerSpec, *, step: int, num_steps: int) -> float:

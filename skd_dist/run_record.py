@@ -92,3 +92,10 @@ def _claim(path: Path, prepared: Prepared, identity: Mapping[str, Any]) -> str:
 def write_summary(run_dir: Path, summary: Mapping[str, Any]) -> None:
     """The machine-readable result of the run."""
     write_json(run_dir / "summary.json", summary)
+
+
+def write_failure(run_dir: Path, *, status: str, error: str | None, method: str) -> None:
+    """What a run that did not finish leaves behind. A result that stands is kept: a finished run can be resumed too."""
+    path = run_dir / "summary.json"
+    if not path.exists() or json.loads(path.read_text())["status"] != "finished":
+        write_json(path, {"status": status, "error": error, "method": method})

@@ -24,7 +24,7 @@ from skd_dist.link.ask_ahead import AskAhead
 from skd_dist.link.teacher_side import serve
 from skd_dist.prepare import Prepared
 from skd_dist.roles import RoleMap, World, make_role_map, resolve_teacher_ranks
-from skd_dist.run_record import write_summary
+from skd_dist.run_record import write_failure, write_summary
 from skd_dist.run_setup import (
     JOB_TIMEOUT,
     LINK_TIMEOUT,
@@ -65,7 +65,7 @@ class Emergency:
         self._tracker, self._config = NullTracker(), None
         tracker.end(status)
         if config is not None and status != "FINISHED":
-            write_summary(config.run_dir, {"status": status.lower(), "error": error, "method": config.method})
+            write_failure(config.run_dir, status=status.lower(), error=error, method=config.method)
 
     def fail(self, line: str) -> None:
         """The run under way has failed."""

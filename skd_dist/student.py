@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from skd_dist.adapters import make_adapter
 from skd_dist.models.create import create_model
 from skd_dist.models.cut import ModelCut, run_cut, set_training
+from skd_dist.models.memory_format import arrange_images, set_memory_formats
 from skd_dist.plan import LOGITS, StageSpec
 
 MODEL_PREFIX = "model."
@@ -48,6 +49,7 @@ class StageModule(nn.Module):
         self._cut = cut
         self._stage = stage
         self._frozen_batchnorm = frozen_batchnorm
+        set_memory_formats(model, cut, weights_too=False)
         self.train()
 
     def train(self, mode: bool = True) -> "StageModule":
@@ -67,9 +69,7 @@ class StageModule(nn.Module):
             Teacher group name -> adapted feature; LOGITS -> [N, K] where the stage asks for them.
         """
         stage = self._stage
-        # A third faster on a CPU, and the layout of the teacher's features. Not the weights: DeepSpeed sends them as
-        # bytes, which they must then be in order.
-        images = images.contiguous(memory_format=torch.channels_last)
+        images = arrange_images(self._cut, images)
         own = run_cut(
             self._cut, self.model, images, taps=[tap.student for tap in stage.taps], logits=stage.student_logits
         )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from skd_dist.errors import UserError
 from skd_dist.models.create import create_model, load_weights, weights_digest
 from skd_dist.models.cut import ModelCut, run_cut
+from skd_dist.models.memory_format import arrange_images, set_memory_formats
 from skd_dist.plan import LOGITS
 
 TeacherDtype = Literal["auto", "fp16", "bf16", "fp32"]
@@ -37,15 +38,15 @@ class FrozenTeacher:
     """A model in eval mode, without gradients, that answers requests.
 
     Args:
-        model: weights as loaded; moved to device, dtype and channels_last here.
+        model: weights as loaded; moved to device, dtype and the fastest memory format here.
         cut: its groups.
         device: where it runs.
         dtype: of its weights and answers.
     """
 
     def __init__(self, model: nn.Module, *, cut: ModelCut, device: torch.device, dtype: torch.dtype) -> None:
-        frozen = model.eval().requires_grad_(False).to(device=device, dtype=dtype)
-        self._model = frozen.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in the stub
+        self._model = model.eval().requires_grad_(False).to(device=device, dtype=dtype)
+        set_memory_formats(self._model, cut, weights_too=True)
         self.cut = cut
         self.device = device
 
@@ -61,7 +62,8 @@ class FrozenTeacher:
         """
         taps = [name for name in outputs if name != LOGITS]
         with torch.inference_mode():
-            found = run_cut(self.cut, self._model, images.to(self.device), taps=taps, logits=LOGITS in outputs)
+            images = arrange_images(self.cut, images.to(self.device))
+            found = run_cut(self.cut, self._model, images, taps=taps, logits=LOGITS in outputs)
             return {name: found[name] for name in outputs}
 
     def digest(self) -> str:

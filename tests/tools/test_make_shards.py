@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from skd_dist.data.fraction import select_fraction
 from skd_dist.data.images import ImageTransform
 from skd_dist.data.index import ShardIndex, load_index
+from skd_dist.data.loader import ShardDataset, train_batches
 from tools.make_shards import main
 
 Source = dict[str, bytes]
@@ -198,3 +200,30 @@ def test_real_imagenette(tmp_path: Path, shared_data: Path) -> None:
         assert index.class_counts.tolist() == [per_class] * 10
     classes = json.loads((tmp_path / "out" / "val" / "classes.json").read_text())
     assert classes[0] == "n01440764" and classes == sorted(classes)
+
+
+def test_real_cifar10_and_a_tenth_of_it(tmp_path: Path, shared_data: Path) -> None:
+    assert run(shared_data / "cifar10.zip", tmp_path / "out") == 0
+    train, test = (load_index(str(tmp_path / "out" / split), flag="--train-shards") for split in ("train", "test"))
+    assert train.class_counts.tolist() == [5000] * 10 and test.class_counts.tolist() == [1000] * 10
+    tenth = select_fraction(train, fraction=0.1, seed=0)
+    assert np.bincount(train.labels[tenth]).tolist() == [500] * 10
+    assert set(tenth) < set(select_fraction(train, fraction=0.2, seed=0))
+
+    batches = train_batches(
+        ShardDataset(train, tenth, ImageTransform(image_size=32, augment="none", train=True)),
+        seed=0,
+        stage_index=0,
+        start_step=0,
+        num_steps=50,
+        global_batch_size=100,
+        micro_batch_size=100,
+        student_rank=0,
+        num_students=1,
+        num_workers=0,
+    )
+    seen: dict[str, int] = {}
+    for batch in batches:
+        assert batch.images.shape == (100, 3, 32, 32) and bool(batch.valid.all())
+        seen |= dict(zip(batch.keys, batch.labels.tolist(), strict=True))
+    assert seen == {train.key(sample): int(train.labels[sample]) for sample in tenth}
