@@ -14,7 +14,7 @@ from typing import Any, Literal
 import tyro
 
 from skd_dist.data.images import Augment
-from skd_dist.duration import parse_duration
+from skd_dist.duration import parse_duration, parse_interval
 from skd_dist.errors import UserError
 from skd_dist.methods import find_method
 from skd_dist.plan import OptimizerSpec
@@ -24,6 +24,7 @@ from skd_dist.teacher import TeacherDtype
 MAY_CHANGE_ON_RESUME = frozenset(
     ("teacher_ranks", "teacher_placement", "deepspeed_config", "micro_batch_size", "num_workers", "run_dir")
     + ("tracking_uri", "experiment", "resume", "prefetch", "network_interface", "toy", "dry_run", "name")
+    + ("resume_or_start", "checkpoint_every", "grace", "stall_timeout")
 )
 """Fields that say where and how a run is computed, not what: tags in MLflow, where parameters are written once."""
 
@@ -85,7 +86,15 @@ class RunConfig:
     experiment: str | None = None
     """MLflow experiment; default MLFLOW_EXPERIMENT_NAME, else skd_dist."""
     resume: bool = False
-    """Continue the run in --run-dir: finished stages are kept."""
+    """Continue the run in --run-dir from its newest resume point or stage result."""
+    resume_or_start: bool = False
+    """Continue the run in --run-dir if there is one, else start it: for job scripts."""
+    checkpoint_every: str = "10min"
+    """Between two resume points: minutes (10min), or a duration of training (500steps, 1epochs)."""
+    grace: float = 25.0
+    """Seconds to save and leave in, once the job is asked to stop (SIGTERM, SIGUSR1, or a lost launcher)."""
+    stall_timeout: float = 600.0
+    """Seconds without a batch after which a rank counts as stuck: all stacks are written and the job ends."""
     prefetch: int = 2
     """Requests to the teacher that are under way while the student trains, >= 0; exact for any value."""
     method: str = "skd"
@@ -174,6 +183,10 @@ def check_config(config: RunConfig) -> None:
     find_method(config.method)
     parse_duration(config.stage_duration)
     parse_duration(config.head_duration)
+    parse_interval(config.checkpoint_every, global_batch_size=config.global_batch_size, samples_per_epoch=1)
+    for flag, seconds in (("--grace", config.grace), ("--stall-timeout", config.stall_timeout)):
+        if not (seconds > 0 and math.isfinite(seconds)):
+            raise UserError(f"{flag} cannot be used", got=seconds, expected="seconds, more than 0")
 
 
 def _check_range(flag: str, value: int, *, low: int) -> None:

@@ -5,6 +5,7 @@ Shape letters used everywhere: N images of a micro-batch, C channels, H height, 
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -110,15 +111,26 @@ class Engine(Protocol):
         """Update after the last micro-step of a step, and clear the gradients."""
         ...
 
-    def all_reduce_sum(self, values: Tensor) -> Tensor:
-        """Sum float64 [M] over the students, the same result on all."""
-        ...
-
     def full_state(self) -> dict[str, Tensor]:
         """All parameters and buffers of the module by name, whole, on the CPU, the same on every student.
 
         Floating-point buffers (BatchNorm statistics) are averaged over the students; the live module is untouched.
         Collective.
+        """
+        ...
+
+    def snapshot(self) -> dict[str, Any]:
+        """This rank's part of what `restore` needs, detached from the live engine: file name -> plain data and tensors.
+
+        The parts of all ranks are files of one directory. Buffers are not promised to be in it. Collective; taking one
+        changes nothing.
+        """
+        ...
+
+    def restore(self, directory: Path) -> None:
+        """Go on from the snapshots in a directory, on a fresh engine of the same stage and as many students.
+
+        Collective. Reading them unpickles: only directories of one's own run may be given.
         """
         ...
 

@@ -57,3 +57,24 @@ def parse_duration(text: str) -> Duration:
     unit = match.group(2)
     assert unit in get_args(DurationUnit)
     return Duration(value=value, unit=unit)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Interval:
+    """Time between two resume points: steps of training or seconds of the clock; the other is None."""
+
+    steps: int | None = None
+    seconds: float | None = None
+
+
+def parse_interval(text: str, *, global_batch_size: int, samples_per_epoch: int) -> Interval:
+    """Read a duration of training, or `10min`.
+
+    Raises:
+        UserError: the text is anything else, or no time at all.
+    """
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)min", text.strip())
+    if match is not None and float(match.group(1)) > 0:
+        return Interval(seconds=60 * float(match.group(1)))
+    duration = parse_duration(text)
+    return Interval(steps=duration.to_steps(global_batch_size=global_batch_size, samples_per_epoch=samples_per_epoch))

@@ -4,6 +4,8 @@ A mean over ranks is sum over ranks / count over ranks; means are never averaged
 first use, which is the same on every student because all run the same loop.
 """
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -22,8 +24,9 @@ def sum_over_students(values: Tensor) -> Tensor:
 class Meter:
     """Named (sum, count) pairs of one reporting window; per-sample values stay on their device until read."""
 
-    def __init__(self) -> None:
-        self._totals: dict[str, Tensor] = {}
+    def __init__(self, totals: Mapping[str, Tensor] | None = None) -> None:
+        """Start empty, or with what another's `totals` gave."""
+        self._totals = dict(totals or {})
 
     def add(self, name: str, total: float, count: float) -> None:
         """Add `count` observations (or units of whatever `total` is divided by) that sum to `total`."""
@@ -36,7 +39,11 @@ class Meter:
         self._accumulate(name, torch.stack([kept.sum(), valid.sum().double()]))
 
     def _accumulate(self, name: str, pair: Tensor) -> None:
-        self._totals[name] = self._totals[name] + pair if name in self._totals else pair
+        self._totals[name] = self._totals[name].to(pair.device) + pair if name in self._totals else pair
+
+    def totals(self) -> dict[str, Tensor]:
+        """This student's float64 [2] (sum, count) of every name, on the CPU."""
+        return {name: pair.cpu() for name, pair in self._totals.items()}
 
     def reduce(self) -> dict[str, float]:
         """Mean of every name over all students, and a fresh start. Collective: all students call it together."""

@@ -51,11 +51,11 @@ def open_run_directory(prepared: Prepared, *, teacher_digest: str | None) -> str
     path = config.run_dir / "config.json"
     identity = identity_of(prepared, teacher_digest=teacher_digest)
     if not path.exists():
-        if config.resume:
+        if config.resume and not config.resume_or_start:
             raise UserError(f"--resume: no run in {config.run_dir}", do="start it without --resume")
         return _claim(path, prepared, identity)
     found = json.loads(path.read_text())
-    if not config.resume:
+    if not (config.resume or config.resume_or_start):
         raise UserError(
             f"{config.run_dir} already holds a run", do="give --resume to continue it, or another --run-dir"
         )

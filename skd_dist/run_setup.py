@@ -6,16 +6,19 @@ do with each other is the runner's.
 
 import contextlib
 import dataclasses
+import json
 import os
 import platform
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from skd_dist.config import MAY_CHANGE_ON_RESUME, RunConfig
 from skd_dist.contracts import TeacherLink
+from skd_dist.display import RunDisplay
 from skd_dist.engines import EngineSpec, load_deepspeed_config
 from skd_dist.errors import UserError
 from skd_dist.job.consensus import agree, broadcast_text, gather_text
@@ -23,10 +26,20 @@ from skd_dist.job.rendezvous import Job
 from skd_dist.link.inline import InlineLink
 from skd_dist.link.student_side import RemoteLink
 from skd_dist.prepare import Prepared, prepare_run, unpack_embedded_data
+from skd_dist.resume_point import newest_sound, verify
 from skd_dist.run_record import open_run_directory
+from skd_dist.stage_side import FoundPoint
 from skd_dist.student_run import count_done
 from skd_dist.teacher import FrozenTeacher, build_teacher
-from skd_dist.tracking import DatasetNote, RunTracker, open_tracker, resolve_experiment, resolve_tracking_uri
+from skd_dist.tracking import (
+    JOURNAL_FILE,
+    DatasetNote,
+    RunTracker,
+    open_tracker,
+    read_events,
+    resolve_experiment,
+    resolve_tracking_uri,
+)
 
 JOB_TIMEOUT = timedelta(minutes=10)
 """How long a collective of the students may take: one of them may be held up by a slow file system (guess)."""
@@ -124,15 +137,48 @@ def _build_teacher(prepared: Prepared, device: torch.device) -> FrozenTeacher:
     )
 
 
-def open_record(job: Job, prepared: Prepared, digest: str | None, key: str) -> tuple[str, int]:
-    """The run key, and the number of stages that are done, as rank 0 finds them."""
+def open_record(job: Job, prepared: Prepared, digest: str | None, key: str) -> tuple[str, int, FoundPoint | None]:
+    """The run key, the number of stages that are done, and the resume point inside the next, as rank 0 finds them."""
     found: str | None = None
     with agreed(job, f"{key}/record"):
         if job.world.rank == 0:
             run_key = open_run_directory(prepared, teacher_digest=digest)
-            found = f"{run_key} {count_done(prepared)}"
-    run_key, _, num_done = broadcast_text(job, f"{key}/run-key", found).partition(" ")
-    return run_key, int(num_done)
+            num_done = count_done(prepared)
+            point = choose_point(prepared, num_done)
+            found = json.dumps([run_key, num_done, point.name if point else None])
+    run_key, num_done, name = json.loads(broadcast_text(job, f"{key}/run-key", found))
+    if name is None:
+        return run_key, num_done, None
+    path = _next_root(prepared, num_done) / name
+    return run_key, num_done, FoundPoint(stage_index=num_done, path=path, manifest=verify(path, deep=False))
+
+
+def choose_point(prepared: Prepared, num_done: int) -> Path | None:
+    """The newest sound resume point of the first stage that is not done. One rank calls it, and sets broken ones aside.
+
+    Raises:
+        UserError: nothing that was published is sound: no stage result, and no resume point of those there were.
+    """
+    if num_done == len(prepared.plan.stages):
+        return None
+    root = _next_root(prepared, num_done)
+    found = newest_sound(root, notify=RunDisplay().notice)
+    if found is None and num_done == 0 and was_published(prepared.config.run_dir):
+        raise UserError(
+            f"no resume point in {root} is sound",
+            do="look at those set aside there; to begin anew, give another --run-dir",
+        )
+    return found[0] if found else None
+
+
+def was_published(run_dir: Path) -> bool:
+    """Whether the journal knows of anything that this run could go on from."""
+    path = run_dir / JOURNAL_FILE
+    return path.exists() and any(event.kind == "published" for event, _ in read_events(path))
+
+
+def _next_root(prepared: Prepared, num_done: int) -> Path:
+    return prepared.config.run_dir / "resume" / prepared.plan.stages[num_done].directory_name
 
 
 def answer_of(teacher: FrozenTeacher | None) -> Callable[..., Any]:
@@ -169,6 +215,7 @@ def track_run(
     config, splits = prepared.config, prepared.splits
     fixed = {name: value for name, value in config.to_json().items() if name not in MAY_CHANGE_ON_RESUME}
     tracker = open_tracker(
+        config.run_dir,
         resolve_tracking_uri(config.tracking_uri, environ=os.environ, run_dir=config.run_dir),
         experiment=resolve_experiment(config.experiment, environ=os.environ, default="skd_dist"),
         run_name=config.run_dir.name,

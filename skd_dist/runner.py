@@ -5,29 +5,32 @@ Ranks agree at named points (`agreed`): an error that only one of them knows end
 code 2. Between those points a teacher rank serves and the students train (`student_run.py`).
 """
 
-import os
-import signal
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
+from skd_dist.checkpointer import Preempted
 from skd_dist.config import RunConfig, batch_shape, check_config
 from skd_dist.display import RunDisplay, summary_table
+from skd_dist.emergency import Emergency, Guards
 from skd_dist.errors import EXIT_USER_ERROR, UserError
 from skd_dist.job.consensus import JobEnded, agree, check_shared_directory, print_error
 from skd_dist.job.failure import FailureWatch
+from skd_dist.job.pulse import Pulse, StallWatch
 from skd_dist.job.rendezvous import Job, join_job, leave_job
+from skd_dist.job.stop_request import EXIT_STOPPED, StopRequest
 from skd_dist.link.ask_ahead import AskAhead
 from skd_dist.link.teacher_side import serve
 from skd_dist.prepare import Prepared
 from skd_dist.roles import RoleMap, World, make_role_map, resolve_teacher_ranks
-from skd_dist.run_record import write_failure, write_summary
+from skd_dist.run_lock import take_lock
+from skd_dist.run_record import write_summary
 from skd_dist.run_setup import (
     JOB_TIMEOUT,
     LINK_TIMEOUT,
+    agreed,
     answer_of,
     device_kind,
     device_of,
@@ -38,38 +41,10 @@ from skd_dist.run_setup import (
     prepare_together,
     track_run,
 )
-from skd_dist.stage_runner import StudentSide
+from skd_dist.stage_side import StudentSide
 from skd_dist.student_run import run_student
 from skd_dist.teacher import FrozenTeacher
-from skd_dist.tracking import NullTracker, RunTracker, Status
-
-
-class Terminated(BaseException):
-    """SIGTERM reached this rank."""
-
-
-class Emergency:
-    """What is left to say when this process must go: the status of the run under way, in MLflow and its files."""
-
-    def __init__(self) -> None:
-        self._tracker: RunTracker = NullTracker()
-        self._config: RunConfig | None = None
-
-    def watch(self, tracker: RunTracker, config: RunConfig) -> None:
-        """From now on a failure is this run's."""
-        self._tracker, self._config = tracker, config
-
-    def end(self, status: Status, error: str | None = None) -> None:
-        """Say it once; later calls say nothing."""
-        tracker, config = self._tracker, self._config
-        self._tracker, self._config = NullTracker(), None
-        tracker.end(status)
-        if config is not None and status != "FINISHED":
-            write_failure(config.run_dir, status=status.lower(), error=error, method=config.method)
-
-    def fail(self, line: str) -> None:
-        """The run under way has failed."""
-        self.end("FAILED", line)
+from skd_dist.tracking import NullTracker, RunTracker
 
 
 def roles_of(config: RunConfig, world: World) -> RoleMap:
@@ -118,35 +93,43 @@ def run_all(configs: Sequence[RunConfig], *, world: World) -> int:
     except UserError as error:
         print_error(error.line)  # nobody can be asked who else knows: this rank did not reach the others
         return EXIT_USER_ERROR
-    emergency = Emergency()
-    watch = FailureWatch(job, on_failure=emergency.fail)
-    signal.signal(signal.SIGTERM, _terminate)
+    emergency, pulse = Emergency(), Pulse()
+    stop = StopRequest(grace_s=max(config.grace for config in configs), too_late=emergency.leave)
+    guards = Guards(emergency=emergency, stop=stop, pulse=pulse)
+    watch = FailureWatch(job, on_failure=emergency.fail, stop=stop)
+    StallWatch(
+        pulse,
+        timeout_s=max(config.stall_timeout for config in configs),
+        rank=world.rank,
+        folder=configs[0].run_dir,
+        tell=watch.post_failure,
+    )
     summaries: list[dict[str, Any]] = []
     exit_code = 0
     try:
         for number, config in enumerate(configs):
-            summaries += run_once(config, job, key=f"{number}-{config.name}", emergency=emergency)
+            summaries += run_once(config, job, key=f"{number}-{config.name}", guards=guards)
         if job.world.rank == 0:
             _show(summaries)
     except JobEnded as ended:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all leave by themselves now, with this code
+        stop.ignore_signals()  # all leave by themselves now, with this code
         emergency.fail(str(ended))
         exit_code = ended.exit_code
     except UserError as error:
         watch.post_failure(error.line)
-    except Terminated:
-        emergency.end("KILLED")
-        # Not an orderly leave: that waits for the others, and the launcher waits for nobody.
-        os._exit(128 + signal.SIGTERM)
+    except Preempted as stopped:
+        emergency.end("KILLED", str(stopped))
+        watch.post_failure(f"{stopped}; continue with --resume", exit_code=EXIT_STOPPED)
     except Exception as error:
-        traceback.print_exc()
+        if not watch.is_ending:  # else it is only how a collective ends whose other side has left already
+            traceback.print_exc()
         watch.post_failure(f"rank {job.world.rank} failed: {error!r}")
     watch.stop()
     leave_job(job)
     return exit_code
 
 
-def run_once(config: RunConfig, job: Job, *, key: str, emergency: Emergency) -> list[dict[str, Any]]:
+def run_once(config: RunConfig, job: Job, *, key: str, guards: Guards) -> list[dict[str, Any]]:
     """One run on this rank.
 
     Args:
@@ -157,10 +140,12 @@ def run_once(config: RunConfig, job: Job, *, key: str, emergency: Emergency) -> 
     """
     check_shared_directory(job, config.run_dir)
     try:
+        lock_directory(job, config, key, guards.emergency)
         prepared = prepare_together(job, config, key)
         teacher, digest = load_teacher(job, prepared, key)
-        run_key, num_done = open_record(job, prepared, digest, key)
-    except JobEnded:
+        run_key, num_done, point = open_record(job, prepared, digest, key)
+    except JobEnded as ended:
+        guards.emergency.fail(str(ended))
         _remove_if_empty(job, config.run_dir)
         raise
     tracker: RunTracker = NullTracker()
@@ -171,7 +156,7 @@ def run_once(config: RunConfig, job: Job, *, key: str, emergency: Emergency) -> 
         display = RunDisplay(enabled=job.world.rank == 0)
         if job.world.rank == 0:
             tracker = track_run(prepared, job, run_key, digest, notify=display.notice)
-            emergency.watch(tracker, config)
+            guards.emergency.watch(tracker, config)
         display.start_run(f"{config.name}: {config.method}", len(prepared.plan.stages))
         link = make_link(job, teacher, key)
         found = run_student(
@@ -180,13 +165,17 @@ def run_once(config: RunConfig, job: Job, *, key: str, emergency: Emergency) -> 
                 student_rank=job.role_rank,
                 device=device_of(job),
                 engine_spec=engine_spec_of(config),
-                ask=AskAhead(link, depth=config.prefetch),
+                ask=AskAhead(link, depth=config.prefetch, on_batch=guards.pulse.beat),
                 tracker=tracker,
                 display=display,
                 teacher_digest=digest,
                 num_done=num_done,
+                resume_point=point,
+                board=job.role_board,
+                stop_asked=lambda: guards.stop.asked,
             )
         )
+        guards.pulse.rest()
         if link is not None:
             link.close()
         display.end_run()
@@ -196,8 +185,20 @@ def run_once(config: RunConfig, job: Job, *, key: str, emergency: Emergency) -> 
     summary = _summary(prepared, found, digest, tracker)
     write_summary(config.run_dir, summary)
     tracker.log_dict(summary, name="summary.json")
-    emergency.end("FINISHED")
+    guards.emergency.end("FINISHED")
     return [summary]
+
+
+def lock_directory(job: Job, config: RunConfig, key: str, emergency: Emergency) -> None:
+    """Make this job the only one at work in the run directory; the lock is held until the run has ended."""
+    with agreed(job, f"{key}/lock"):
+        if job.world.rank == 0:
+            try:
+                emergency.hold(take_lock(config.run_dir, patience_s=config.grace))
+            except OSError as error:
+                raise UserError(
+                    "run directory cannot be locked", got=f"{config.run_dir} ({error.strerror})", do="make room there"
+                ) from error
 
 
 def _check_teacher_unchanged(job: Job, teacher: FrozenTeacher | None, digest: str | None, key: str) -> None:
@@ -243,7 +244,3 @@ def _summary(prepared: Prepared, found: dict[str, Any], digest: str | None, trac
         **found,
         "mlflow": tracker.summary(),
     }
-
-
-def _terminate(signum: int, frame: FrameType | None) -> None:
-    raise Terminated

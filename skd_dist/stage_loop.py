@@ -8,8 +8,8 @@ It knows no method, no engine and no launcher by name. Stages, files and trackin
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol
 
 import psutil
 import torch
@@ -22,36 +22,40 @@ from skd_dist.losses import feature_moments
 from skd_dist.meters import Meter, sum_over_students
 from skd_dist.optim import learning_rate_at
 from skd_dist.plan import StageSpec
+from skd_dist.progress import StageProgress
+
+_MAX_NAMED_SAMPLES = 5
 
 OnReport = Callable[[int, Mapping[str, float]], None]
 """(steps done, values); called on every student, with values that are equal on all."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StageReport:
-    """What some steps of a stage came to. Seconds are means over the students."""
+class Interruptions(Protocol):
+    """What may happen between two steps, on all students or on none."""
 
-    loss_trace: tuple[float, ...]
-    """Loss of every step: the mean over the global batch."""
-    last_values: Mapping[str, float]
-    """What was reported last: loss terms, NMSE, rates."""
-    num_images: int
-    """Over all students."""
-    seconds: float
-    teacher_wait_s: float
-    data_wait_s: float
+    def wishes(self) -> tuple[bool, bool]:
+        """(save, stop): what this student wants after the step under way. One student's wish counts for all."""
+        ...
+
+    def act(self, progress: StageProgress, *, save: bool, stop: bool) -> None:
+        """Do what was agreed. Called after every update, with equal arguments on all students."""
+        ...
+
+    def share(self, text: str) -> list[str]:
+        """The texts of all students, the same on each. Collective."""
+        ...
 
 
-def join_reports(first: StageReport, second: StageReport) -> StageReport:
-    """The report of two runs of steps, one after the other."""
-    return StageReport(
-        loss_trace=first.loss_trace + second.loss_trace,
-        last_values=second.last_values,
-        num_images=first.num_images + second.num_images,
-        seconds=first.seconds + second.seconds,
-        teacher_wait_s=first.teacher_wait_s + second.teacher_wait_s,
-        data_wait_s=first.data_wait_s + second.data_wait_s,
-    )
+class NoInterruptions:
+    """Nothing is saved and nobody stops, for one student: measurements."""
+
+    def wishes(self) -> tuple[bool, bool]:
+        return False, False
+
+    def act(self, progress: StageProgress, *, save: bool, stop: bool) -> None: ...
+
+    def share(self, text: str) -> list[str]:
+        return [text]
 
 
 def run_stage(
@@ -61,37 +65,38 @@ def run_stage(
     method: Method,
     batches: Iterable[Batch],
     ask: AskAhead,
-    steps: range,
+    progress: StageProgress,
+    until: int,
     global_batch_size: int,
     grad_accum_steps: int,
     device: torch.device,
     report_every: int,
     on_report: OnReport,
-) -> StageReport:
+    interruptions: Interruptions,
+) -> None:
     """Train one stage, or some consecutive steps of it.
 
     Args:
         stage: what trains, against what, how long.
         engine: of this stage's module.
-        batches: this student's micro-batches of these steps, `grad_accum_steps` for every step.
+        batches: this student's micro-batches from step `progress.step` on, `grad_accum_steps` for every step.
         ask: the way to the teacher.
-        steps: of the stage; not empty.
-        report_every: steps between reports, > 0; the last step of `steps` always reports.
+        progress: where the stage stands; carried on.
+        until: the step to stop before, at least `progress.step`.
+        report_every: steps between reports, > 0; the last step always reports.
+        interruptions: saving and stopping.
 
     Raises:
         UserError: the loss is not finite; no student has updated then.
     """
     stream = ask.stream(batches, stage.teacher_outputs)
-    window = Meter()
-    spent = torch.zeros(4, dtype=torch.float64)
-    trace: list[float] = []
-    values: dict[str, float] = {}
     ask.stats()
-    window_started, window_first = time.perf_counter(), steps.start
+    window_started, window_first = time.perf_counter(), progress.step
 
-    for step in steps:
-        reporting = (step + 1) % report_every == 0 or step + 1 == steps.stop
-        micro_losses = []
+    for step in range(progress.step, until):
+        reporting = (step + 1) % report_every == 0 or step + 1 == until
+        started = time.perf_counter()
+        micro_losses, seen = [], []
         for _ in range(grad_accum_steps):
             batch, targets = next(stream)
             batch = to_device(batch, device)
@@ -100,43 +105,54 @@ def run_stage(
             loss = masked_mean(terms, batch.valid)
             engine.backward(loss)
             micro_losses.append(loss.detach())
+            seen.append((terms, batch))
             for name, term in terms.items():
-                window.add_samples(name, term.per_sample, batch.valid)
+                progress.window.add_samples(name, term.per_sample, batch.valid)
             if reporting:
-                add_variances(window, targets, batch.valid)
+                add_variances(progress.window, targets, batch.valid)
 
-        # Before the update, so that no student moves on what another found to be broken.
-        local = torch.tensor([float(torch.stack(micro_losses).sum()), grad_accum_steps], dtype=torch.float64)
-        loss_sum, num_micro_steps = sum_over_students(local).tolist()
-        trace.append(loss_sum / num_micro_steps)
-        if not math.isfinite(trace[-1]):
-            raise UserError(
-                f"stage {stage.name}, step {step}: the loss is not finite",
-                got=trace[-1],
-                do="nothing was updated; lower --lr",
-            )
+        # Before the update, so that no student moves on what another found to be broken. Wishes ride along for free.
+        own = [float(torch.stack(micro_losses).sum()), grad_accum_steps, *map(float, interruptions.wishes())]
+        loss_sum, num_micro_steps, save, stop = sum_over_students(torch.tensor(own, dtype=torch.float64)).tolist()
+        progress.loss_trace.append(loss_sum / num_micro_steps)
+        if not math.isfinite(progress.loss_trace[-1]):
+            raise not_finite(stage, step, progress.loss_trace[-1], interruptions.share(" ".join(bad_keys(seen))))
         learning_rate = learning_rate_at(stage.optimizer, step=step, num_steps=stage.num_steps)
         engine.step(learning_rate)
+        progress.step = step + 1
+        progress.seconds += time.perf_counter() - started
 
         if reporting:
             seconds, stats = time.perf_counter() - window_started, ask.stats()
             num_images = global_batch_size * (step + 1 - window_first)
-            spent += torch.tensor([seconds, stats.get("wait_s", 0.0), stats["data_wait_s"], 0.0], dtype=torch.float64)
-            values = {f"train/{name}": value for name, value in with_nmse(window.reduce(), stage).items()}
-            values |= {"train/loss": trace[-1], "train/learning_rate": learning_rate}
+            progress.teacher_wait_s += stats.get("wait_s", 0.0)
+            progress.data_wait_s += stats["data_wait_s"]
+            values = {f"train/{name}": value for name, value in with_nmse(progress.window.reduce(), stage).items()}
+            values |= {"train/loss": progress.loss_trace[-1], "train/learning_rate": learning_rate}
             values |= rates_over_students(stats, num_images=num_images, seconds=seconds, device=device)
+            progress.last_values = values
             on_report(step + 1, values)
             window_started, window_first = time.perf_counter(), step + 1
+        interruptions.act(progress, save=save > 0, stop=stop > 0)
 
-    spent[3] = 1.0
-    total_s, teacher_wait_s, data_wait_s, num_students = sum_over_students(spent).tolist()
-    return StageReport(
-        loss_trace=tuple(trace),
-        last_values=values,
-        num_images=global_batch_size * len(steps),
-        seconds=total_s / num_students,
-        teacher_wait_s=teacher_wait_s / num_students,
-        data_wait_s=data_wait_s / num_students,
+
+def bad_keys(seen: Sequence[tuple[LossTerms, Batch]]) -> list[str]:
+    """Keys of this student's samples whose loss is not finite, at most a handful."""
+    found = []
+    for terms, batch in seen:
+        finite = torch.stack([term.per_sample.detach().isfinite() for term in terms.values()]).all(0)
+        found += [key for key, good, counts in zip(batch.keys, finite.tolist(), batch.valid.tolist(), strict=True)
+                  if counts and not good]  # fmt: skip
+    return found[:_MAX_NAMED_SAMPLES]
+
+
+def not_finite(stage: StageSpec, step: int, loss: float, keys_of_students: Sequence[str]) -> UserError:
+    """The same error on every student, with samples of all of them."""
+    keys = [f"student {rank}: {keys}" for rank, keys in enumerate(keys_of_students) if keys]
+    return UserError(
+        f"stage {stage.name}, step {step}: the loss is not finite",
+        got=f"{loss} from {', '.join(keys) or 'no single sample'}",
+        do="nothing was updated; lower --lr, or look at these samples",
     )
 
 

@@ -7,8 +7,6 @@ it makes no difference whether the stage before it ran in this process or in an 
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,47 +17,22 @@ from skd_dist.checkpoint import write_stage_result
 from skd_dist.contracts import Batch
 from skd_dist.data.images import ImageTransform
 from skd_dist.data.loader import ShardDataset, eval_batches, train_batches
-from skd_dist.display import RunDisplay
-from skd_dist.engines import EngineSpec, make_engine
+from skd_dist.engines import make_engine
 from skd_dist.evaluate import evaluate_stage
-from skd_dist.link.ask_ahead import AskAhead
 from skd_dist.models.create import weights_digest
 from skd_dist.plan import StageSpec
-from skd_dist.prepare import Prepared
-from skd_dist.stage_loop import StageReport, join_reports, mean_nmse, run_stage
+from skd_dist.progress import StageProgress
+from skd_dist.resume_point import remove_all
+from skd_dist.stage_loop import mean_nmse, run_stage
+from skd_dist.stage_resume import begin, make_checkpointer
+from skd_dist.stage_side import State, StudentSide
 from skd_dist.student import StageModule, build_stage_module, student_part
-from skd_dist.tracking.protocol import RunTracker
-
-State = dict[str, Tensor]
 
 REPORTS_PER_STAGE = 50
 """Points of a stage's curves: enough to see its shape, few enough for any store."""
 
 EVALUATIONS_PER_STAGE = 10
 """How often `--stage-weights best` looks at the validation loss; the published code looks once per epoch."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StudentSide:
-    """What every stage of a run needs, made once per run."""
-
-    prepared: Prepared
-    student_rank: int
-    device: torch.device
-    engine_spec: EngineSpec
-    ask: AskAhead
-    tracker: RunTracker
-    display: RunDisplay
-    teacher_digest: str | None
-    num_done: int
-    """Stages finished by an earlier launch."""
-
-    @property
-    def writes(self) -> bool:
-        return self.student_rank == 0
-
-    def stage_directory(self, stage: StageSpec) -> Path:
-        return self.prepared.config.run_dir / "stages" / stage.directory_name
 
 
 def train_stage(side: StudentSide, stage: StageSpec, state: State) -> tuple[State, dict[str, Any]]:
@@ -76,32 +49,39 @@ def train_stage(side: StudentSide, stage: StageSpec, state: State) -> tuple[Stat
         num_students=shape.num_students,
         device=side.device,
     )
-    report: StageReport | None = None
-    chosen, chosen_values = None, {}
-    for steps in _segments(stage, best=config.stage_weights == "best"):
-        part = run_stage(
+    checkpointer = make_checkpointer(side, stage, engine, state)
+    progress = begin(side, stage, checkpointer)
+    chosen, chosen_values = checkpointer.chosen, checkpointer.chosen_values
+    for until in _stops(stage, best=config.stage_weights == "best"):
+        if until < progress.step:
+            continue
+        run_stage(
             stage,
             engine=engine,
             method=side.prepared.method,
-            batches=_train_batches(side, stage, steps),
+            batches=_train_batches(side, stage, range(progress.step, until)),
             ask=side.ask,
-            steps=steps,
+            progress=progress,
+            until=until,
             global_batch_size=shape.global_batch_size,
             grad_accum_steps=shape.grad_accum_steps,
             device=side.device,
             report_every=max(1, stage.num_steps // REPORTS_PER_STAGE),
             on_report=lambda step, values: _report(side, stage, step, values),
+            interruptions=checkpointer,
         )
-        report = part if report is None else join_reports(report, part)
         now = engine.full_state()
         now_values = validate(side, stage, now)
-        _report(side, stage, steps.stop, now_values)
+        _report(side, stage, until, now_values)
         if chosen is None or config.stage_weights == "last" or now_values["val/loss"] < chosen_values["val/loss"]:
             chosen, chosen_values = now, now_values
+        if config.stage_weights == "best":
+            checkpointer.chosen, checkpointer.chosen_values = chosen, chosen_values
     engine.close()
-    assert report is not None and chosen is not None
+    assert chosen is not None
+    report = progress.averaged()
     check_frozen(side, stage, before=state, after=student_part(chosen))
-    entry = _summary_entry(stage, report, chosen_values)
+    entry = _summary_entry(stage, report, chosen_values, num_images=stage.num_steps * shape.global_batch_size)
     _publish(side, stage, student_part(chosen), entry)
     side.display.end_stage({**report.last_values, **chosen_values, **_overall_rates(entry)})
     side.tracker.end_child("FINISHED")
@@ -165,10 +145,10 @@ def split_batches(side: StudentSide, split: str, *, limit: int | None = None) ->
     )
 
 
-def _segments(stage: StageSpec, *, best: bool) -> list[range]:
-    """The stage's steps, cut where the validation loss is looked at."""
+def _stops(stage: StageSpec, *, best: bool) -> list[int]:
+    """Where training pauses to look at the validation loss; the last is the stage's end."""
     length = max(1, -(-stage.num_steps // EVALUATIONS_PER_STAGE)) if best else stage.num_steps
-    return [range(first, min(first + length, stage.num_steps)) for first in range(0, stage.num_steps, length)]
+    return [*range(length, stage.num_steps, length), stage.num_steps]
 
 
 def _train_batches(side: StudentSide, stage: StageSpec, steps: range) -> Iterator[Batch]:
@@ -209,7 +189,9 @@ def _stage_params(stage: StageSpec) -> dict[str, Any]:
     }
 
 
-def _summary_entry(stage: StageSpec, report: StageReport, chosen_values: Mapping[str, float]) -> dict[str, Any]:
+def _summary_entry(
+    stage: StageSpec, report: StageProgress, chosen_values: Mapping[str, float], *, num_images: int
+) -> dict[str, Any]:
     return {
         "index": stage.index,
         "name": stage.name,
@@ -217,7 +199,7 @@ def _summary_entry(stage: StageSpec, report: StageReport, chosen_values: Mapping
         "loss_first": report.loss_trace[0],
         "loss_last": report.loss_trace[-1],
         "nmse_last": mean_nmse(report.last_values),
-        "student_images_per_s": report.num_images / report.seconds,
+        "student_images_per_s": num_images / report.seconds,
         "teacher_wait_frac": report.teacher_wait_s / report.seconds,
         "data_wait_frac": report.data_wait_s / report.seconds,
         "val": {name.removeprefix("val/"): value for name, value in chosen_values.items()},
@@ -247,3 +229,5 @@ def _publish(side: StudentSide, stage: StageSpec, state: State, entry: Mapping[s
             "summary": entry,
         },
     )
+    side.tracker.log_published("stage_result", stage=stage.name, step=stage.num_steps)
+    remove_all(side.resume_root(stage))

@@ -15,7 +15,8 @@ from skd_dist.models.create import create_model, load_weights, weights_digest
 from skd_dist.models.cut import run_cut
 from skd_dist.plan import LOGITS
 from skd_dist.prepare import Prepared
-from skd_dist.stage_runner import State, StudentSide, split_batches, train_stage
+from skd_dist.stage_runner import split_batches, train_stage
+from skd_dist.stage_side import State, StudentSide
 
 TEACHER_SAMPLE = 1024
 """Validation samples the teacher is measured on before training: enough for +-1.6 points, seconds for any teacher."""
@@ -31,7 +32,7 @@ def run_student(side: StudentSide) -> dict[str, Any]:
     state, stages = run_stages(side)
     write_student(side, state)
     measured = {split: measure_student(side, state, split) for split in ("val", "test") if _has(side, split)}
-    final = {f"{split}/{name}": value for split, values in measured.items() for name, value in values.items()}
+    final = {f"final/{split}/{name}": value for split, values in measured.items() for name, value in values.items()}
     side.tracker.log_metrics(final, step=sum(stage["steps"] for stage in stages), child=False)
     return {
         "teacher_top1_frac": teacher_top1,

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
 
 import pytest
 import torch
@@ -15,7 +17,8 @@ from skd_dist.methods import find_method
 from skd_dist.models.create import create_model
 from skd_dist.models.cut import cut_model
 from skd_dist.plan import OptimizerSpec, StageSpec, Tap
-from skd_dist.stage_loop import StageReport, join_reports, masked_mean, run_stage
+from skd_dist.progress import StageProgress
+from skd_dist.stage_loop import Interruptions, NoInterruptions, masked_mean, run_stage
 from skd_dist.student import StageModule, build_stage_module
 from skd_dist.teacher import FrozenTeacher
 
@@ -51,71 +54,140 @@ def module(stage: StageSpec = STAGE) -> StageModule:
     return build_stage_module(cut=CUT, stage=stage, teacher_cut=CUT, frozen_batchnorm="eval", seed=0, start_from=None)
 
 
-def train(
-    stage: StageSpec = STAGE,
-    *,
-    depth: int = 2,
-    micro_size: int = 4,
-    grad_accum_steps: int = 1,
-    steps: range | None = None,
-) -> tuple[StageReport, StageModule, list[tuple[int, dict[str, float]]]]:
-    reports: list[tuple[int, dict[str, float]]] = []
-    trained = module(stage)
-    steps = range(stage.num_steps) if steps is None else steps
-    engine = make_engine(
-        EngineSpec(kind="torch"),
-        trained,
-        optimizer=stage.optimizer,
-        micro_batch_size=micro_size,
-        grad_accum_steps=grad_accum_steps,
-        num_students=1,
-        device=CPU,
-    )
-    report = run_stage(
-        stage,
-        engine=engine,
-        method=find_method("skd"),
-        batches=batches(micro_size=micro_size, count=len(steps) * grad_accum_steps),
-        ask=AskAhead(InlineLink(teacher().answer), depth=depth),
-        steps=steps,
-        global_batch_size=micro_size * grad_accum_steps,
-        grad_accum_steps=grad_accum_steps,
-        device=CPU,
-        report_every=2,
-        on_report=lambda step, values: reports.append((step, dict(values))),
-    )
-    return report, trained, reports
+class Journey:
+    """One training of some steps on a fresh engine or, given a previous one, on its engine."""
+
+    def __init__(self, stage: StageSpec = STAGE, *, micro_size: int = 4, grad_accum_steps: int = 1) -> None:
+        self.stage, self.micro_size, self.grad_accum_steps = stage, micro_size, grad_accum_steps
+        self.module = module(stage)
+        self.progress = StageProgress()
+        self.reports: list[tuple[int, dict[str, float]]] = []
+        self.engine = make_engine(
+            EngineSpec(kind="torch"),
+            self.module,
+            optimizer=stage.optimizer,
+            micro_batch_size=micro_size,
+            grad_accum_steps=grad_accum_steps,
+            num_students=1,
+            device=CPU,
+        )
+
+    def train(
+        self, until: int | None = None, *, depth: int = 2, interruptions: Interruptions | None = None
+    ) -> "Journey":
+        until = self.stage.num_steps if until is None else until
+        source = batches(micro_size=self.micro_size, count=until * self.grad_accum_steps)
+        run_stage(
+            self.stage,
+            engine=self.engine,
+            method=find_method("skd"),
+            batches=islice(source, self.progress.step * self.grad_accum_steps, None),
+            ask=AskAhead(InlineLink(teacher().answer), depth=depth),
+            progress=self.progress,
+            until=until,
+            global_batch_size=self.micro_size * self.grad_accum_steps,
+            grad_accum_steps=self.grad_accum_steps,
+            device=CPU,
+            report_every=2,
+            on_report=lambda step, values: self.reports.append((step, dict(values))),
+            interruptions=interruptions or NoInterruptions(),
+        )
+        return self
 
 
 def test_only_the_stage_moves_and_the_loss_falls() -> None:
     before = module().state_dict()
-    report, trained, reports = train()
-    after = trained.state_dict()
+    journey = Journey().train()
+    progress, reports = journey.progress, journey.reports
+    after = journey.module.state_dict()
     trained_names = {f"model.{name}" for name in CUT.parameters_of(["stage1"]) + CUT.buffers_of(["stage1"])}
     moved = {name for name in after if not torch.equal(before[name], after[name])}
     assert moved <= trained_names and moved >= {f"model.{name}" for name in CUT.parameters_of(["stage1"])}
-    assert len(report.loss_trace) == 6 and report.loss_trace[-1] < report.loss_trace[0]
+    assert len(progress.loss_trace) == 6 == progress.step and progress.loss_trace[-1] < progress.loss_trace[0]
     assert [step for step, _ in reports] == [2, 4, 6]
     last = reports[-1][1]
-    assert last["train/loss"] == report.loss_trace[-1]
+    assert last["train/loss"] == progress.loss_trace[-1]
     assert {"train/feature_mse/stage1", "train/nmse/stage1", "perf/student_images_per_s"} <= set(last)
-    assert report.num_images == 24 and report.seconds > 0
+    assert progress.last_values == last and progress.seconds > 0
 
 
 @pytest.mark.parametrize("depth", [0, 1, 5, 50])
 def test_running_ahead_changes_nothing(depth: int) -> None:
-    report, trained, _ = train(depth=depth)
-    expected, reference, _ = train(depth=2)
-    assert report.loss_trace == expected.loss_trace
-    assert all(torch.equal(value, reference.state_dict()[name]) for name, value in trained.state_dict().items())
+    found, expected = Journey().train(depth=depth), Journey().train(depth=2)
+    assert found.progress.loss_trace == expected.progress.loss_trace
+    assert_equal_states(found.module, expected.module)
+
+
+def assert_equal_states(found: StageModule, expected: StageModule) -> None:
+    states = found.state_dict(), expected.state_dict()
+    assert states[0].keys() == states[1].keys()
+    assert [name for name, value in states[0].items() if not torch.equal(value, states[1][name])] == []
+
+
+@pytest.mark.parametrize("stops", [(1, 6), (2, 4, 6), (3, 3, 5, 6)])
+def test_a_stage_in_pieces_is_the_stage_in_one(stops: tuple[int, ...]) -> None:
+    """Also across a file: the progress is taken apart into tensors and put together again at every stop."""
+    whole = Journey().train()
+    pieces = Journey()
+    for until in stops:
+        pieces.train(until)
+        pieces.progress = StageProgress.from_tensors(pieces.progress.to_tensors())
+    assert pieces.progress.loss_trace == whole.progress.loss_trace
+    assert pieces.progress.seconds > 0
+    assert_equal_states(pieces.module, whole.module)
+
+
+@dataclass
+class Recorder:
+    """Wishes to save after some steps and to stop after one."""
+
+    save_after: tuple[int, ...] = ()
+    stop_after: int | None = None
+    step: int = 0
+    acts: list[tuple[int, bool, bool]] = field(default_factory=list)
+
+    def wishes(self) -> tuple[bool, bool]:
+        self.step += 1
+        return self.step in self.save_after, self.step == self.stop_after
+
+    def act(self, progress: StageProgress, *, save: bool, stop: bool) -> None:
+        self.acts.append((progress.step, save, stop))
+        if stop:
+            raise StopIteration
+
+    def share(self, text: str) -> list[str]:
+        return [text, "from another student"]
+
+
+def test_wishes_are_acted_on_after_the_update_of_their_step() -> None:
+    recorder = Recorder(save_after=(2, 3), stop_after=4)
+    journey = Journey()
+    with pytest.raises(StopIteration):
+        journey.train(interruptions=recorder)
+    assert recorder.acts == [(1, False, False), (2, True, False), (3, True, False), (4, False, True)]
+    assert journey.progress.step == 4
+    expected = Journey().train(4)
+    assert_equal_states(journey.module, expected.module)
+
+
+def test_a_window_that_is_interrupted_reports_what_it_would_have_reported() -> None:
+    whole, pieces = Journey().train(), Journey()
+    with pytest.raises(StopIteration):
+        pieces.train(interruptions=Recorder(stop_after=3))
+    pieces.progress = StageProgress.from_tensors(pieces.progress.to_tensors())
+    pieces.train()
+    reported = [
+        [(step, {name: value for name, value in values.items() if not name.startswith("perf/")}) for step, values in r]
+        for r in (whole.reports, pieces.reports)
+    ]
+    assert reported[0] == reported[1] and [step for step, _ in reported[0]] == [2, 4, 6]
 
 
 def test_accumulating_equals_the_mean_over_micro_batches() -> None:
     """Two micro-batches of 4 in one step: their losses average, and the update is one."""
-    report, _, _ = train(grad_accum_steps=2, steps=range(1))
-    plain = [train(steps=range(1))[0].loss_trace[0]]
-    loss_two = _first_loss_of_second_batch()
-    assert report.loss_trace[0] == pytest.approx((plain[0] + loss_two) / 2, rel=1e-6)
+    both = Journey(grad_accum_steps=2).train(1).progress.loss_trace[0]
+    first = Journey().train(1).progress.loss_trace[0]
+    assert both == pytest.approx((first + _first_loss_of_second_batch()) / 2, rel=1e-6)
 
 
 def _first_loss_of_second_batch() -> float:
@@ -143,10 +215,17 @@ def test_a_loss_that_is_not_finite_stops_before_the_update() -> None:
         num_steps=6,
         optimizer=OptimizerSpec(name="sgd", learning_rate=1e30),
     )
-    with pytest.raises(
-        UserError, match=r"stage stage1, step \d: the loss is not finite; got (nan|inf); nothing was upd"
-    ):
-        train(exploding)
+    journey = Journey(exploding)
+    with pytest.raises(UserError) as caught:
+        journey.train(interruptions=Recorder())
+    step = len(journey.progress.loss_trace) - 1
+    names = " ".join(f"{step}-{slot}" for slot in range(4))
+    loss = journey.progress.loss_trace[-1]
+    assert caught.value.line == (
+        f"stage stage1, step {step}: the loss is not finite; got {loss} from student 0: {names}, "
+        "student 1: from another student; nothing was updated; lower --lr, or look at these samples"
+    )
+    assert journey.progress.step == step
 
 
 def test_masked_mean_ignores_invalid_slots_but_divides_by_all() -> None:
@@ -155,11 +234,3 @@ def test_masked_mean_ignores_invalid_slots_but_divides_by_all() -> None:
         "b": LossTerm(torch.tensor([10.0, 0.0, math.inf]), 0.5),
     }
     assert float(masked_mean(terms, torch.tensor([True, True, False]))) == pytest.approx((3 + 5) / 3)
-
-
-def test_reports_join() -> None:
-    first, _, _ = train(steps=range(2))
-    second, _, _ = train(steps=range(2, 6))
-    joined = join_reports(first, second)
-    assert joined.loss_trace == first.loss_trace + second.loss_trace
-    assert joined.num_images == 24 and joined.seconds == first.seconds + second.seconds

@@ -1,6 +1,7 @@
 """Measure skd_dist on this machine: ratios within one run, on pinned cores, medians of interleaved rounds.
 
     python tools/bench.py stage [--image-sizes 224 64] [--rounds 5]
+    python tools/bench.py checkpoint [--folder DISK]
 
 `stage`: images/s of every stage of a pair of networks in four ways:
 
@@ -28,6 +29,7 @@ from typing import Any
 
 import torch
 import tyro
+from bench_checkpoint import CheckpointBench, measure
 from torch import Tensor, nn
 
 from skd_dist.contracts import Batch, Engine, Outputs, PlanContext, TeacherLink
@@ -43,8 +45,9 @@ from skd_dist.models.create import create_model
 from skd_dist.models.cut import ModelCut, cut_model
 from skd_dist.models.matching import match_groups
 from skd_dist.plan import OptimizerSpec, StageSpec
+from skd_dist.progress import StageProgress
 from skd_dist.roles import RoleMap, World
-from skd_dist.stage_loop import run_stage
+from skd_dist.stage_loop import NoInterruptions, run_stage
 from skd_dist.student import build_stage_module
 from skd_dist.teacher import FrozenTeacher
 
@@ -152,12 +155,14 @@ def measure_loop(scene: Scene, link: TeacherLink) -> Callable[[], list[float]]:
             method=find_method("skd"),
             batches=_repeat(scene.batch, scene.steps),
             ask=ask,
-            steps=range(scene.steps),
+            progress=StageProgress(),
+            until=scene.steps,
             global_batch_size=len(scene.batch.keys),
             grad_accum_steps=1,
             device=torch.device("cpu"),
             report_every=scene.steps,
             on_report=lambda step, values: None,
+            interruptions=NoInterruptions(),
         )
         return timed.step_seconds
 
@@ -350,5 +355,10 @@ def stage(bench: tyro.conf.OmitArgPrefixes[StageBench] = StageBench()) -> None:
         rank.join()
 
 
+def checkpoint(bench: tyro.conf.OmitArgPrefixes[CheckpointBench]) -> None:
+    """What it costs that nothing is lost: saves, resumes, the journal, a tracking server that is away."""
+    measure(bench)
+
+
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict({"stage": stage})
+    tyro.extras.subcommand_cli_from_dict({"stage": stage, "checkpoint": checkpoint})

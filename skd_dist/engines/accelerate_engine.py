@@ -10,6 +10,7 @@ import gc
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
 
 from skd_dist.contracts import Outputs
-from skd_dist.engines.collectives import all_reduce_sum, full_state
+from skd_dist.engines.collectives import full_state
 from skd_dist.engines.deepspeed_config import autocast_dtype, gradient_clipping
+from skd_dist.engines.plain_state import plain_snapshot, restore_plain
 from skd_dist.engines.process_environment import environment
 from skd_dist.optim import make_optimizer
 from skd_dist.plan import OptimizerSpec
@@ -88,11 +90,14 @@ class AccelerateEngine:
         self._optimizer.zero_grad()
         self._micro_step = 0
 
-    def all_reduce_sum(self, values: Tensor) -> Tensor:
-        return all_reduce_sum(values, num_students=self._num_students, device=self._device)
-
     def full_state(self) -> dict[str, Tensor]:
         return full_state(self.module, num_students=self._num_students, device=self._device)
+
+    def snapshot(self) -> dict[str, Any]:
+        return plain_snapshot(self.module, self._optimizer.optimizer)
+
+    def restore(self, directory: Path) -> None:
+        restore_plain(self.module, self._optimizer.optimizer, directory)
 
     def close(self) -> None:
         # Takes accelerate's autocast off the module's forward again.

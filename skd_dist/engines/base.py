@@ -33,6 +33,11 @@ class EngineSpec:
         if self.kind not in get_args(EngineKind):
             raise UserError("unknown engine", got=self.kind, expected=" or ".join(get_args(EngineKind)))
 
+    def describe(self) -> str:
+        """Kind and, for DeepSpeed, ZeRO stage: what the files of its snapshots depend on."""
+        stage = (self.deepspeed or {}).get("zero_optimization", {}).get("stage", 0)
+        return f"{self.kind}, ZeRO {stage}" if self.kind == "deepspeed" else self.kind
+
 
 def make_engine(
     spec: EngineSpec,

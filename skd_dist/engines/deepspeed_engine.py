@@ -1,4 +1,5 @@
-"""DeepSpeedEngine: a stage under ZeRO 0 to 3. The only file that imports deepspeed.
+"""DeepSpeedEngine: a stage under ZeRO 0 to 3. deepspeed is imported here and in the snapshot
+beside it.
 
 DeepSpeed sees a world of students only: the job has made the default process group of them and has rewritten RANK and
 WORLD_SIZE before deepspeed is imported, which therefore happens when the first engine is made. Every stage gets a new
@@ -8,7 +9,8 @@ ZeRO 3 gathers a submodule's own parameters when its `forward` runs. A timm mode
 no hook gathers those of its root (`cls_token`, `pos_embed`): DeepSpeed notices their first use inside the engine's
 forward pass, and registers them as external parameters of the stage module itself. A test holds it to that.
 
-Left out: `save_checkpoint` and `load_checkpoint`; a stage result is written from `full_state` and needs no DeepSpeed.
+Left out: writing files. A stage result is written from `full_state` and needs no DeepSpeed; a resume point is written
+from `snapshot` (`deepspeed_snapshot.py`).
 """
 
 import gc
@@ -18,6 +20,7 @@ import logging
 import os
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -28,8 +31,9 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from torch import Tensor, nn
 
 from skd_dist.contracts import Outputs
-from skd_dist.engines.collectives import all_reduce_sum, full_state
+from skd_dist.engines.collectives import full_state
 from skd_dist.engines.deepspeed_config import autocast_dtype, complete_config
+from skd_dist.engines.deepspeed_snapshot import restore_snapshot, take_snapshot
 from skd_dist.engines.process_environment import environment
 from skd_dist.errors import UserError
 from skd_dist.optim import make_optimizer
@@ -102,9 +106,6 @@ class DeepSpeedEngine:
         self._engine.step()
         self._micro_step = 0
 
-    def all_reduce_sum(self, values: Tensor) -> Tensor:
-        return all_reduce_sum(values, num_students=self._num_students, device=self._device)
-
     def full_state(self) -> dict[str, Tensor]:
         return full_state(
             self.module,
@@ -112,6 +113,12 @@ class DeepSpeedEngine:
             device=self._device,
             gather=deepspeed.zero.GatheredParameters,
         )
+
+    def snapshot(self) -> dict[str, Any]:
+        return take_snapshot(self._engine)
+
+    def restore(self, directory: Path) -> None:
+        restore_snapshot(self._engine, directory)
 
     def close(self) -> None:
         self._engine.destroy()

@@ -6,6 +6,7 @@ does. Left out: everything that partitions or offloads.
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from skd_dist.contracts import Outputs
-from skd_dist.engines.collectives import all_reduce_sum, full_state
+from skd_dist.engines.collectives import full_state
 from skd_dist.engines.deepspeed_config import autocast_dtype, gradient_clipping
+from skd_dist.engines.plain_state import plain_snapshot, restore_plain
 from skd_dist.optim import make_optimizer
 from skd_dist.plan import OptimizerSpec
 
@@ -76,11 +78,14 @@ class TorchEngine:
         self._optimizer.zero_grad()
         self._micro_step = 0
 
-    def all_reduce_sum(self, values: Tensor) -> Tensor:
-        return all_reduce_sum(values, num_students=self._num_students, device=self._device)
-
     def full_state(self) -> dict[str, Tensor]:
         return full_state(self.module, num_students=self._num_students, device=self._device)
+
+    def snapshot(self) -> dict[str, Any]:
+        return plain_snapshot(self.module, self._optimizer)
+
+    def restore(self, directory: Path) -> None:
+        restore_plain(self.module, self._optimizer, directory)
 
     def close(self) -> None:
         del self._parallel, self._optimizer, self._trainable, self.module

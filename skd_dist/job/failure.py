@@ -24,6 +24,7 @@ from skd_dist.errors import EXIT_USER_ERROR
 from skd_dist.job.consensus import print_error
 from skd_dist.job.heartbeat import PERIOD_S, PeerAges, beat
 from skd_dist.job.membership import Job
+from skd_dist.job.stop_request import StopRequest
 
 _SETTLE_S = 0.3
 """Ranks that fail from one cause post within this time (guess); then the lowest of them prints."""
@@ -42,10 +43,12 @@ class FailureWatch:
     Args:
         job: of this rank.
         on_failure: called with the line, in a thread, before the process ends; rank 0 closes the tracking run here.
+        stop: exchanged between the ranks while the watch runs.
     """
 
-    def __init__(self, job: Job, *, on_failure: Callable[[str], None]) -> None:
+    def __init__(self, job: Job, *, on_failure: Callable[[str], None], stop: StopRequest | None = None) -> None:
         self._world = job.world
+        self._stop = stop
         self._timeout_s = job.timeout.total_seconds()
         self._on_failure = on_failure
         # A connection of its own: one that waits for an answer makes all users of the same connection wait.
@@ -60,11 +63,16 @@ class FailureWatch:
         """Seconds without a sign of life from a rank, since one began to ask for it."""
         return self._ages.age_s(rank)
 
-    def post_failure(self, line: str) -> NoReturn:
-        """End the whole job: the line is printed once, every rank ends with exit code 2. Does not return."""
+    @property
+    def is_ending(self) -> bool:
+        """Whether this process is about to end, for a reason that has been told."""
+        return self._ending.locked()
+
+    def post_failure(self, line: str, *, exit_code: int = EXIT_USER_ERROR) -> NoReturn:
+        """End the whole job: the line is printed once, every rank ends with the exit code. Does not return."""
         with contextlib.suppress(dist.DistError):  # no store, no others to tell: end alone
-            self._post(line)
-        self._end(line)
+            self._post(line, exit_code)
+        self._end(line, exit_code)
 
     def stop(self) -> None:
         """End the watch in order; all ranks do so after their last agreement."""
@@ -76,10 +84,12 @@ class FailureWatch:
         while not self._stopped.wait(PERIOD_S):
             try:
                 beat(self._store, self._world.rank)
+                if self._stop is not None:
+                    self._stop.exchange(self._store)
                 if self._world.rank == 0:
                     self._judge_silent_ranks()
                 if self._store.check([_FAILED]):
-                    self._end("a rank failed")
+                    self._end("a rank failed", int(self._store.get(_FAILED)))
             except dist.DistError:
                 self._end_without_store()
 
@@ -90,11 +100,11 @@ class FailureWatch:
                 self._post(f"rank {rank} stopped answering; got no sign of life for {silent_s:.0f} s")
                 return
 
-    def _post(self, line: str) -> None:
+    def _post(self, line: str, exit_code: int = EXIT_USER_ERROR) -> None:
         self._store.set(f"{_FAILED}/{self._world.rank}", line)
-        self._store.set(_FAILED, "")
+        self._store.set(_FAILED, str(exit_code))
 
-    def _end(self, line: str) -> NoReturn:
+    def _end(self, line: str, exit_code: int) -> NoReturn:
         self._ending.acquire()  # never released: a second thread of this process must not end it halfway
         try:
             time.sleep(_SETTLE_S)
@@ -104,7 +114,7 @@ class FailureWatch:
             self._call_on_failure(line)
             self._linger()
         finally:
-            _exit_now()
+            _exit_now(exit_code)
 
     def _end_without_store(self) -> NoReturn:
         self._ending.acquire()
@@ -147,7 +157,7 @@ class FailureWatch:
             time.sleep(_TICK_S)
 
 
-def _exit_now() -> NoReturn:
+def _exit_now(exit_code: int = EXIT_USER_ERROR) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    os._exit(EXIT_USER_ERROR)
+    os._exit(exit_code)

@@ -21,6 +21,8 @@ class Job:
     store: dist.TCPStore
     """Hosted by global rank 0 (or the launcher); without a prefix."""
     board: Blackboard
+    role_board: Blackboard
+    """Of the ranks of this role alone."""
     link_group: "dist.ProcessGroupGloo | None"
     """gloo group over all global ranks, for the link; None where the job has no teacher rank."""
     address: str

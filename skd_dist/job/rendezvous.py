@@ -127,6 +127,9 @@ def _join(
         roles=roles,
         store=store,
         board=board,
+        role_board=Blackboard(
+            dist.PrefixStore(f"{role}-board", store), rank=role_rank, world_size=role_size, timeout=timeout
+        ),
         link_group=link_group,
         address=address_of(interface),
         device=device,

@@ -7,7 +7,7 @@ gives the same result; 0 asks and waits.
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from skd_dist.contracts import Batch, Outputs, TeacherLink
 
@@ -18,9 +18,11 @@ class AskAhead:
     Args:
         link: the way to the teacher; None where the run has none.
         depth: requests under way while the student trains, >= 0.
+        on_batch: called with every batch that was read: a sign of progress.
     """
 
-    def __init__(self, link: TeacherLink | None, *, depth: int) -> None:
+    def __init__(self, link: TeacherLink | None, *, depth: int, on_batch: Callable[[], None] = lambda: None) -> None:
+        self._on_batch = on_batch
         self._link = link
         self._depth = depth
         self._next_id = 0
@@ -53,6 +55,7 @@ class AskAhead:
             started = time.perf_counter()
             batch = next(source, None)
             self._data_wait_s += time.perf_counter() - started
+            self._on_batch()
             if batch is None:
                 return
             yield batch

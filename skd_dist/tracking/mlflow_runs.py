@@ -4,7 +4,7 @@ A run is known by its tag `skd.run_key`, so that a resumed job finds its own par
 stack of active runs and MLFLOW_RUN_ID are never used.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mlflow import MlflowClient
@@ -17,18 +17,19 @@ from skd_dist.tracking.entries import flatten
 from skd_dist.tracking.store import TrackingStore
 
 RUN_KEY = "skd.run_key"
-RESUME_COUNT = "skd.resume_count"
+HOST, PID = "skd.host", "skd.pid"
+"""Of the process that writes a run."""
 PARENT_TAG = "mlflow.parentRunId"
+
+_MAX_METRICS = 1000  # MLflow's limit for one call
 
 
 @dataclass(kw_only=True, slots=True)
 class OpenRun:
-    """One run being written, and what an earlier attempt already wrote to it."""
+    """One run being written, and the params it has."""
 
     run_id: str
     params: dict[str, str] = field(default_factory=dict)
-    last_steps: dict[str, int] = field(default_factory=dict)
-    """Metric key -> highest step of the earlier attempt."""
 
 
 def find_experiment(client: MlflowClient, name: str, store: TrackingStore) -> str:
@@ -59,7 +60,7 @@ def find_experiment(client: MlflowClient, name: str, store: TrackingStore) -> st
 def open_run(
     client: MlflowClient, experiment_id: str, *, run_key: str, name: str, tags: Mapping[str, object]
 ) -> OpenRun:
-    """The run with this key, set back to RUNNING, or a new one."""
+    """The run with this key, or a new one."""
     assert "'" not in run_key
     found = client.search_runs(
         [experiment_id],
@@ -71,10 +72,8 @@ def open_run(
         own_tags = {RUN_KEY: run_key, **flatten(tags)}
         return OpenRun(run_id=client.create_run(experiment_id, run_name=name, tags=resolve_tags(own_tags)).info.run_id)
     run = found[0]
-    resume_count = int(run.data.tags.get(RESUME_COUNT, 0)) + 1
-    client.update_run(run.info.run_id, status="RUNNING")
-    write_tags(client, run.info.run_id, {**tags, RESUME_COUNT: resume_count})
-    return OpenRun(run_id=run.info.run_id, params=dict(run.data.params), last_steps=_last_steps(client, run))
+    write_tags(client, run.info.run_id, tags)
+    return OpenRun(run_id=run.info.run_id, params=dict(run.data.params))
 
 
 def children_of(client: MlflowClient, experiment_id: str, *, parent_id: str, run_key: str) -> dict[str, Run]:
@@ -105,13 +104,22 @@ def write_tags(client: MlflowClient, run_id: str, tags: Mapping[str, object]) ->
     client.log_batch(run_id, tags=[RunTag(key, value) for key, value in flatten(tags).items()], synchronous=True)
 
 
-def write_metrics(client: MlflowClient, run: OpenRun, metrics: Iterable[Metric]) -> None:
-    """Write metrics, except steps that an earlier attempt already wrote: MLflow would draw them twice."""
-    new = [metric for metric in metrics if metric.step > run.last_steps.get(metric.key, -1)]
-    client.log_batch(run.run_id, metrics=new, synchronous=True)
+def write_metrics(client: MlflowClient, run: OpenRun, metrics: Sequence[Metric]) -> None:
+    """Write metrics. Rows that are there already, with the same time, value and step, are dropped by MLflow."""
+    for first in range(0, len(metrics), _MAX_METRICS):
+        client.log_batch(run.run_id, metrics=metrics[first : first + _MAX_METRICS], synchronous=True)
 
 
-def _last_steps(client: MlflowClient, run: Run) -> dict[str, int]:
-    # The system metrics continue their own count.
-    keys = [key for key in run.data.metrics if not key.startswith("system/")]
-    return {key: max(metric.step for metric in client.get_metric_history(run.info.run_id, key)) for key in keys}
+def end_dead_runs(client: MlflowClient, experiment_id: str, *, host: str, is_alive: Callable[[int], bool]) -> None:
+    """Parents on this host whose process is gone without a word, and their children, become KILLED."""
+    running = client.search_runs(
+        [experiment_id], filter_string=f"attributes.status = 'RUNNING' and tags.`{HOST}` = '{host}'"
+    )
+    for parent in running:
+        if not is_alive(int(parent.data.tags.get(PID, 0))):
+            children = client.search_runs(
+                [experiment_id],
+                filter_string=f"attributes.status = 'RUNNING' and tags.`{PARENT_TAG}` = '{parent.info.run_id}'",
+            )
+            for run in [*children, parent]:
+                client.set_terminated(run.info.run_id, "KILLED")

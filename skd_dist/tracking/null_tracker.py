@@ -1,8 +1,8 @@
-"""A tracker that writes nothing: for every rank but one, and where no store could be opened."""
+"""A tracker that writes nothing: for every rank but one."""
 
 from collections.abc import Mapping
 
-from skd_dist.tracking.protocol import DatasetNote
+from skd_dist.tracking.protocol import DatasetNote, Published
 
 
 class NullTracker:
@@ -23,6 +23,10 @@ class NullTracker:
     def log_text(self, text: str, *, name: str) -> None: ...
 
     def log_dict(self, content: Mapping[str, object], *, name: str) -> None: ...
+
+    def log_published(self, what: Published, *, stage: str, step: int) -> None: ...
+
+    def log_resumed(self, *, stage: str, step: int, rel_tol: float) -> None: ...
 
     def summary(self) -> dict[str, object]:
         return {"tracking_uri": None, "parent_run_id": None, "child_run_ids": {}}

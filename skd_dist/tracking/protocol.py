@@ -13,6 +13,9 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 """How a run ended; MLflow's words."""
 
 
+Published = Literal["resume_point", "stage_result"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DatasetNote:
     """Which data a run saw."""
@@ -44,6 +47,15 @@ class RunTracker(Tracker, Protocol):
 
     def log_dict(self, content: Mapping[str, object], *, name: str) -> None:
         """Keep plain data as the artifact `name`, a relative path ending in `.json`."""
+        ...
+
+    def log_published(self, what: Published, *, stage: str, step: int) -> None:
+        """Something exists now that a later attempt can start from."""
+        ...
+
+    def log_resumed(self, *, stage: str, step: int, rel_tol: float) -> None:
+        """This attempt goes on after `step` steps of a stage. Values that are computed again may be off by `rel_tol`:
+        0 where the run must be bit-exact."""
         ...
 
     def summary(self) -> dict[str, object]:

@@ -5,7 +5,7 @@ compare in one UI: `PARENT/mlflow.db` and the plain folder `PARENT/mlflow-artifa
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -37,6 +37,10 @@ class TrackingStore:
     def public_uri(self) -> str:
         """The URI without user and password, for messages and files."""
         return self.without_credentials(self.uri)
+
+    def without_fallback(self) -> "TrackingStore":
+        """The same store, and none other in its place."""
+        return replace(self, fallback=None)
 
     def without_credentials(self, text: str) -> str:
         """A text with this store's user and password, if it has any, replaced by `***`."""

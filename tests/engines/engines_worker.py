@@ -3,8 +3,10 @@
 Results go to one file per rank; the tests compare them. Both ranks go through all cases in the same order.
 """
 
+import dataclasses
 import gc
 import os
+import shutil
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -24,6 +26,7 @@ from skd_dist.engines.base import EngineKind
 from skd_dist.engines.collectives import full_state
 from skd_dist.errors import UserError
 from skd_dist.plan import OptimizerSpec
+from skd_dist.rank_state import capture_rank_state, restore_rank_state
 
 NUM_STUDENTS = 2
 MICRO_BATCH_SIZE = 4
@@ -145,7 +148,10 @@ class Result:
     losses: list[float]
     eval_logits: Tensor
     output_dtype: torch.dtype
-    total: Tensor
+    after_snapshot: list[float]
+    """Losses of the steps after the snapshot was taken."""
+    resumed_losses: list[float] = field(default_factory=list)
+    resumed_final: dict[str, Tensor] = field(default_factory=dict)
 
 
 def micro_batch(step: int, micro_step: int, student: int) -> Tensor:
@@ -165,9 +171,16 @@ def slots(case: Case, rank: int) -> list[tuple[int, int]]:
     return [(micro_step, student) for micro_step in range(GRAD_ACCUM_STEPS) for student in students]
 
 
-def train(engine: Engine, case: Case, rank: int) -> list[float]:
+SNAPSHOT_STEP = 2
+
+
+def train(
+    engine: Engine, case: Case, rank: int, *, first_step: int = 0, at_snapshot: Callable[[], None] = lambda: None
+) -> list[float]:
     losses = []
-    for step in range(NUM_STEPS):
+    for step in range(first_step, NUM_STEPS):
+        if step == SNAPSHOT_STEP:
+            at_snapshot()
         for micro_step, student in slots(case, rank):
             loss = loss_of(engine.forward(micro_batch(step, micro_step, student)))
             engine.backward(loss)
@@ -181,11 +194,8 @@ def train(engine: Engine, case: Case, rank: int) -> list[float]:
     return losses
 
 
-def run_case(case: Case, rank: int, closed: list[weakref.ref[Any]]) -> Result:
-    torch.manual_seed(0)
-    module = case.stage_module()
-    initial = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    engine = make_engine(
+def make(case: Case, module: nn.Module) -> Engine:
+    return make_engine(
         EngineSpec(kind=case.kind, deepspeed=case.config),
         module,
         optimizer=case.optimizer,
@@ -194,7 +204,26 @@ def run_case(case: Case, rank: int, closed: list[weakref.ref[Any]]) -> Result:
         num_students=case.num_students,
         device=CPU,
     )
-    losses = train(engine, case, rank)
+
+
+def run_case(case: Case, rank: int, closed: list[weakref.ref[Any]], folder: Path) -> Result:
+    torch.manual_seed(0)
+    module = case.stage_module()
+    initial = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    engine = make(case, module)
+    engine_folder = folder / "snapshot" / "engine"
+    if rank == 0:
+        shutil.rmtree(engine_folder, ignore_errors=True)
+        engine_folder.mkdir(parents=True)
+    wait_for_the_other(case)
+    own: dict[str, Tensor] = {}
+
+    def keep() -> None:
+        own.update(capture_rank_state(module, CPU))
+        for name, content in engine.snapshot().items():
+            torch.save(content, engine_folder / name)
+
+    losses = train(engine, case, rank, at_snapshot=keep)
     final = engine.full_state()
     engine.module.eval()
     with torch.no_grad():
@@ -206,11 +235,35 @@ def run_case(case: Case, rank: int, closed: list[weakref.ref[Any]]) -> Result:
         losses=losses,
         eval_logits=outputs["logits"].float(),
         output_dtype=outputs["logits"].dtype,
-        total=engine.all_reduce_sum(torch.tensor([rank + 1.0, 0.1], dtype=torch.float64)),
+        after_snapshot=losses[SNAPSHOT_STEP * len(slots(case, rank)) :],
     )
     closed += [weakref.ref(module), weakref.ref(engine), weakref.ref(engine._optimizer)]  # type: ignore[attr-defined]
     engine.close()
-    return result
+    wait_for_the_other(case)
+    return dataclasses.replace(result, **resume(case, rank, initial, own, engine_folder))
+
+
+def resume(
+    case: Case, rank: int, initial: Mapping[str, Tensor], own: Mapping[str, Tensor], engine_folder: Path
+) -> dict[str, Any]:
+    """The last step again, on a fresh engine whose trained parameters are wrong until they are restored."""
+    module = case.stage_module()
+    module.load_state_dict(dict(initial))
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(float(parameter.requires_grad))
+    engine = make(case, module)
+    engine.restore(engine_folder)
+    restore_rank_state(own, module, CPU)
+    losses = train(engine, case, rank, first_step=SNAPSHOT_STEP)
+    found = {"resumed_losses": losses, "resumed_final": engine.full_state()}
+    engine.close()
+    return found
+
+
+def wait_for_the_other(case: Case) -> None:
+    if case.num_students > 1:
+        dist.barrier()
 
 
 def disagreeing_buffers(rank: int) -> nn.Module:
@@ -253,7 +306,7 @@ def work(rank: int, folder: Path) -> None:
     results = {}
     for name, case in CASES.items():
         if rank == 0 or case.num_students > 1:
-            results[name] = run_case(case, rank, closed)
+            results[name] = run_case(case, rank, closed, folder)
             gc.collect()
             # The rest belongs to libraries: looking through it at every close again would take most of the test's time.
             gc.freeze()

@@ -78,13 +78,6 @@ def test_full_state_is_a_copy_in_the_order_of_the_module() -> None:
     assert [value.item() for value in engine.full_state().values()] == [2.0, 5.0, 0.0]
 
 
-def test_sums_need_no_process_group_and_do_not_alias() -> None:
-    values = torch.tensor([1.0, 2.0], dtype=torch.float64)
-    total = engine_of(Weight(), grad_accum_steps=1).all_reduce_sum(values)
-    values += 1
-    assert total.tolist() == [1.0, 2.0]
-
-
 @pytest.mark.parametrize("num_micro_steps", [1, 3])
 def test_a_step_needs_its_micro_steps(num_micro_steps: int) -> None:
     with pytest.raises(AssertionError, match=f"step after {num_micro_steps} micro-steps"):

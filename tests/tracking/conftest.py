@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 
-from skd_dist.tracking import NullTracker, TrackingStore, open_tracker
+from skd_dist.tracking import TrackingStore, open_writer
 
 
 @pytest.fixture(autouse=True)
@@ -29,11 +29,10 @@ def template_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     notices: list[str] = []
     printed = io.StringIO()
     with mock.patch.dict(os.environ), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-        tracker = open_tracker(
-            store, experiment="template", run_name="t", run_key="t", params={}, tags={}, notify=notices.append
+        writer = open_writer(
+            store, experiment="template", run_name="t", run_key="t", notify=notices.append, watch_system=False
         )
-        tracker.end("FINISHED")
-    assert not isinstance(tracker, NullTracker), notices
+    assert writer is not None, notices
     assert printed.getvalue() == "", "MLflow's first start is silent"
     return folder / "mlflow.db"
 

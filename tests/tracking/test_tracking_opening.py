@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 from skd_dist import tracking
-from skd_dist.tracking import NullTracker, RunTracker, TrackingStore, open_tracker
+from skd_dist.tracking import TrackingStore, open_writer
 from skd_dist.tracking.mlflow_settings import settle_mlflow
 from skd_dist.tracking.reachable import StoreUnreachableError, prepare_store
+from skd_dist.tracking.replica import Writer
 
 
-def _open(store: TrackingStore, notices: list[str]) -> RunTracker:
-    return open_tracker(store, experiment="e", run_name="r", run_key="k", params={}, tags={}, notify=notices.append)
+def _open(store: TrackingStore, notices: list[str]) -> Writer | None:
+    return open_writer(store, experiment="e", run_name="r", run_key="k", notify=notices.append, watch_system=False)
 
 
 @pytest.fixture
@@ -37,9 +38,8 @@ def silent_port() -> Iterator[int]:
 
 def _assert_falls_back(uri: str, store: TrackingStore, reason: str) -> None:
     notices: list[str] = []
-    tracker = _open(TrackingStore(uri=uri, artifact_root=None, fallback=store), notices)
-    tracker.end("FINISHED")
-    assert tracker.summary()["tracking_uri"] == store.uri
+    writer = _open(TrackingStore(uri=uri, artifact_root=None, fallback=store), notices)
+    assert writer is not None and writer.summary()["tracking_uri"] == store.uri
     assert len(notices) == 1
     assert reason in notices[0] and notices[0].endswith(f"this run is tracked in {store.uri}")
     assert "s3cret" not in notices[0]
@@ -71,15 +71,15 @@ def test_an_unknown_scheme(store: TrackingStore) -> None:
 def test_without_a_fallback_the_run_is_not_tracked(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_text("this is no database, and long enough to be looked at as one " * 10)
     notices: list[str] = []
-    tracker = _open(TrackingStore(uri=f"sqlite:///{tmp_path}/mlflow.db", artifact_root=tmp_path), notices)
-    assert isinstance(tracker, NullTracker)
+    assert _open(TrackingStore(uri=f"sqlite:///{tmp_path}/mlflow.db", artifact_root=tmp_path), notices) is None
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    assert notices == [f"tracking store {uri} cannot be used (file is not a database); this run is not tracked"]
+    then = "this run is in its journal only (tools/track.py sync)"
+    assert notices == [f"tracking store {uri} cannot be used (file is not a database); {then}"]
 
 
 def test_the_notice_of_a_store_is_shown(store: TrackingStore) -> None:
     notices: list[str] = []
-    _open(replace(store, notice="on local disk"), notices).end("FINISHED")
+    assert _open(replace(store, notice="on local disk"), notices) is not None
     assert notices == ["on local disk"]
 
 
@@ -119,8 +119,8 @@ def test_importing_the_folder_does_not_import_mlflow() -> None:
         names += [alias.name for node in statements if isinstance(node, ast.Import) for alias in node.names]
         imports[path.stem] = names
     slow = {stem for stem, names in imports.items() if any(name.partition(".")[0] == "mlflow" for name in names)}
-    assert slow == {"mlflow_runs", "mlflow_tracker", "system_metrics"}
+    assert slow == {"database_store", "mlflow_runs", "mlflow_writer", "reading", "system_metrics"}
     quick = set(imports) - slow
-    assert len(quick) == 9
+    assert len(quick) == 12
     offenders = {stem for stem in quick for name in imports[stem] if name.rpartition(".")[2] in slow}
     assert offenders == set()

@@ -1,0 +1,167 @@
+"""When a resume point is written, and how all students write it together.
+
+    wishes (one student's clock, or a signal) -> agreed with the loss of a step -> snapshot of every student
+    -> each writes its part -> all say whether it is on disk -> the first commits -> all know that it is there
+
+A save that fails anywhere fails everywhere: the old resume points stay, the run goes on, and one line says so. Saving
+changes nothing: snapshots are copies, and statistics are not averaged for it.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from skd_dist.contracts import Engine
+from skd_dist.duration import Interval
+from skd_dist.job.blackboard import Blackboard
+from skd_dist.progress import StageProgress
+from skd_dist.rank_state import capture_rank_state, restore_rank_state
+from skd_dist.resume_point import (
+    ENGINE,
+    FROZEN,
+    BrokenError,
+    Part,
+    commit,
+    give_up,
+    rank_file,
+    start_writing,
+    write_part,
+)
+
+BEST = "best.safetensors"
+"""The weights chosen so far, where a stage hands on its best ones."""
+
+_PROGRESS = "progress/"
+
+
+class Preempted(BaseException):
+    """The run was asked to stop, and has saved. Not an Exception: nothing between here and the runner handles it."""
+
+
+class Checkpointer:
+    """Resume points of one stage on one student. Implements `stage_loop.Interruptions`.
+
+    Args:
+        stage_root: RUN/resume/<stage>.
+        board: of the students.
+        engine: of the stage.
+        device: of this process.
+        interval: between two resume points.
+        record: what the manifest says beside the files.
+        frozen: parameters that do not train, under the module's names; written by the first student.
+        stop_asked: whether this process has been asked to stop.
+        on_saved: told the step and the seconds of every resume point that exists now.
+        notify: shows one line to the user.
+    """
+
+    def __init__(
+        self,
+        stage_root: Path,
+        *,
+        board: Blackboard,
+        engine: Engine,
+        device: torch.device,
+        interval: Interval,
+        record: Mapping[str, Any],
+        frozen: Mapping[str, Tensor],
+        stop_asked: Callable[[], bool],
+        on_saved: Callable[[int, float], None],
+        notify: Callable[[str], None],
+    ) -> None:
+        self._root = stage_root
+        self._board = board
+        self._engine = engine
+        self._device = device
+        self._interval = interval
+        self.record = record
+        self._frozen = frozen
+        self._stop_asked = stop_asked
+        self._on_saved = on_saved
+        self._notify = notify
+        self._last_s = time.monotonic()
+        self.chosen: Mapping[str, Tensor] | None = None
+        """Weights that a stage would hand on now, if they are not its last."""
+        self.chosen_values: Mapping[str, float] = {}
+
+    def wishes(self) -> tuple[bool, bool]:
+        # One clock decides, the first student's: the others have no wish of their own to save.
+        due = self._interval.seconds is not None and self._board.rank == 0
+        return bool(due and time.monotonic() - self._last_s >= (self._interval.seconds or 0)), self._stop_asked()
+
+    def act(self, progress: StageProgress, *, save: bool, stop: bool) -> None:
+        due = self._interval.steps is not None and progress.step % self._interval.steps == 0
+        if save or stop or due:
+            saved = self.save(progress)
+            if stop:
+                raise Preempted(f"stopped after step {progress.step}" + ("" if saved else ", which could not be saved"))
+
+    def share(self, text: str) -> list[str]:
+        return self._board.gather("share", text)
+
+    def save(self, progress: StageProgress) -> bool:
+        """Write a resume point. Collective; whether it exists, equal on all students."""
+        started = time.monotonic()
+        step, part = progress.step, self._part(progress)
+        error = self._try(lambda: start_writing(self._root, step)) if self._board.rank == 0 else {}
+        answers = [self._all_say("resume point begun", error)[0]]
+        if "error" not in answers[0]:
+            answers = self._all_say("resume point written", self._try(lambda: write_part(self._root, step, part)))
+        if not any("error" in answer for answer in answers):
+            done = self._try(lambda: self._commit(step, answers)) if self._board.rank == 0 else {}
+            answers = self._all_say("resume point committed", done)
+        failed = {rank: answer["error"] for rank, answer in enumerate(answers) if "error" in answer}
+        self._last_s = time.monotonic()
+        if failed:
+            rank = min(failed)
+            if self._board.rank == 0:
+                give_up(self._root, step)
+            self._notify(f"no resume point after step {step}: student {rank}: {failed[rank]}; older ones are kept")
+        else:
+            self._on_saved(step, time.monotonic() - started)
+        return not failed
+
+    def restore(self, point: Path, manifest: Mapping[str, Any]) -> StageProgress:
+        """Put engine and process into the state of a resume point. Collective."""
+        self._engine.restore(point / ENGINE)
+        tensors = load_file(point / rank_file(self._board.rank))
+        restore_rank_state(tensors, self._engine.module, self._device)
+        if BEST in manifest["files"]:
+            self.chosen, self.chosen_values = load_file(point / BEST), manifest["chosen_values"]
+        return StageProgress.from_tensors(
+            {name.removeprefix(_PROGRESS): value for name, value in tensors.items() if name.startswith(_PROGRESS)}
+        )
+
+    def _part(self, progress: StageProgress) -> Part:
+        own = capture_rank_state(self._engine.module, self._device)
+        own |= {f"{_PROGRESS}{name}": value for name, value in progress.to_tensors().items()}
+        tensors: dict[str, Mapping[str, Tensor]] = {rank_file(self._board.rank): own}
+        if self._board.rank == 0:
+            tensors[FROZEN] = self._frozen
+            if self.chosen is not None:
+                tensors[BEST] = self.chosen
+        return Part(engine=self._engine.snapshot(), tensors=tensors)
+
+    def _commit(self, step: int, files_of_ranks: list[dict[str, Any]]) -> dict[str, Any]:
+        files = {name: record for files in files_of_ranks for name, record in files.items()}
+        record = {**self.record, "chosen_values": dict(self.chosen_values)}
+        commit(self._root, step, files=files, record=record)
+        return {}
+
+    def _all_say(self, point: str, answer: dict[str, Any]) -> list[dict[str, Any]]:
+        return [json.loads(text) for text in self._board.gather(point, json.dumps(answer))]
+
+    def _try(self, action: Callable[[], Any]) -> dict[str, Any]:
+        """What an action on the disk came to; a disk that fails is no reason to end a run."""
+        try:
+            found = action()
+        except (OSError, RuntimeError, BrokenError) as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).partition("\n")[0]
+            return {"error": f"{reason} ({self._root}, pid {os.getpid()})"}
+        return found if isinstance(found, dict) else {}

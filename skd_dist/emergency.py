@@ -1,0 +1,58 @@
+"""What stands by while runs go on: who says how a run ended, who may ask it to stop, and whether it still moves."""
+
+import os
+from dataclasses import dataclass
+from typing import NoReturn
+
+from skd_dist.config import RunConfig
+from skd_dist.job.pulse import Pulse
+from skd_dist.job.stop_request import EXIT_STOPPED, StopRequest
+from skd_dist.run_lock import RunLock
+from skd_dist.run_record import write_failure
+from skd_dist.tracking import NullTracker, RunTracker, Status
+
+
+class Emergency:
+    """What is left to say when this process must go: the status of the run under way, in MLflow and its files."""
+
+    def __init__(self) -> None:
+        self._tracker: RunTracker = NullTracker()
+        self._config: RunConfig | None = None
+        self._lock: RunLock | None = None
+
+    def hold(self, lock: RunLock) -> None:
+        """Let go of the run directory when everything about the run is said."""
+        self._lock = lock
+
+    def watch(self, tracker: RunTracker, config: RunConfig) -> None:
+        """From now on a failure is this run's."""
+        self._tracker, self._config = tracker, config
+
+    def end(self, status: Status, error: str | None = None) -> None:
+        """Say it once; later calls say nothing."""
+        tracker, config = self._tracker, self._config
+        self._tracker, self._config = NullTracker(), None
+        tracker.end(status)
+        if config is not None and status != "FINISHED":
+            write_failure(config.run_dir, status=status.lower(), error=error, method=config.method)
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def fail(self, line: str) -> None:
+        """The run under way has failed."""
+        self.end("FAILED", line)
+
+    def leave(self) -> NoReturn:
+        """The time to stop in order is over."""
+        self.end("KILLED", "asked to stop, and could not save in time")
+        os._exit(EXIT_STOPPED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guards:
+    """Of one process, for all runs of a launch."""
+
+    emergency: Emergency
+    stop: StopRequest
+    pulse: Pulse

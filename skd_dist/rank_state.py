@@ -1,0 +1,52 @@
+"""What one student has of its own while it trains, beside the engine: random states and buffers.
+
+BatchNorm statistics differ between students until they are averaged at a stage's end, and nothing else would restore
+them. Everything becomes named tensors, so that a resume point is safetensors where it can be.
+"""
+
+import random
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+_BUFFER, _RNG = "buffer/", "rng/"
+
+
+def capture_rank_state(module: nn.Module, device: torch.device) -> dict[str, Tensor]:
+    """Copies of all buffers of the module, and of every random state of this process, on the CPU."""
+    state = {f"{_BUFFER}{name}": buffer.detach().to("cpu", copy=True) for name, buffer in module.named_buffers()}
+    state[f"{_RNG}torch"] = torch.get_rng_state()
+    if device.type == "cuda":
+        state[f"{_RNG}cuda"] = torch.cuda.get_rng_state(device)
+    version, words, gauss = random.getstate()
+    state[f"{_RNG}python"] = torch.tensor([version, *words], dtype=torch.int64)
+    state[f"{_RNG}python_gauss"] = _optional(gauss)
+    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    state[f"{_RNG}numpy"] = torch.tensor([*map(int, keys), position, has_gauss], dtype=torch.int64)
+    state[f"{_RNG}numpy_gauss"] = torch.tensor([cached], dtype=torch.float64)
+    return state
+
+
+def restore_rank_state(state: Mapping[str, Tensor], module: nn.Module, device: torch.device) -> None:
+    """Put everything back. The module has the buffers that were captured, by name and shape."""
+    buffers = dict(module.named_buffers())
+    saved = {name.removeprefix(_BUFFER): value for name, value in state.items() if name.startswith(_BUFFER)}
+    assert saved.keys() == buffers.keys(), "another module"
+    with torch.no_grad():
+        for name, buffer in buffers.items():
+            buffer.copy_(saved[name])
+    torch.set_rng_state(state[f"{_RNG}torch"])
+    if device.type == "cuda" and f"{_RNG}cuda" in state:
+        torch.cuda.set_rng_state(state[f"{_RNG}cuda"], device)
+    version, *words = state[f"{_RNG}python"].tolist()
+    gauss = state[f"{_RNG}python_gauss"].tolist()
+    random.setstate((version, tuple(words), gauss[0] if gauss else None))
+    *keys, position, has_gauss = state[f"{_RNG}numpy"].tolist()
+    cached = float(state[f"{_RNG}numpy_gauss"])
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+
+
+def _optional(value: float | None) -> Tensor:
+    return torch.tensor([] if value is None else [value], dtype=torch.float64)

@@ -1,0 +1,134 @@
+"""Where a stage begins: at its first step, or at a resume point that belongs to it.
+
+A resume point that belongs to another plan, teacher, data set or trainable part is refused by name. On another build,
+machine type or number of threads it goes on, but not bit for bit, and says so.
+"""
+
+import hashlib
+import platform
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from skd_dist import __version__
+from skd_dist.checkpointer import Checkpointer
+from skd_dist.contracts import Engine
+from skd_dist.data.seeds import derive_seed
+from skd_dist.duration import parse_interval
+from skd_dist.errors import UserError
+from skd_dist.plan import StageSpec
+from skd_dist.progress import StageProgress
+from skd_dist.stage_side import State, StudentSide
+from skd_dist.student import MODEL_PREFIX
+
+OTHER_MACHINE_REL_TOL = 1e-2
+"""How far a metric that another machine computes again may be off before it is reported: a guess."""
+
+
+def make_checkpointer(side: StudentSide, stage: StageSpec, engine: Engine, state: State) -> Checkpointer:
+    """The checkpointer of a stage.
+
+    Args:
+        state: the student's tensors before the stage; what does not train is taken from here.
+    """
+    config = side.prepared.config
+    trains = set(side.prepared.models.student.parameters_of(stage.trains))
+    parameters = {name for group in side.prepared.models.student.groups for name in group.parameters}
+    return Checkpointer(
+        side.resume_root(stage),
+        board=side.board,
+        engine=engine,
+        device=side.device,
+        interval=parse_interval(
+            config.checkpoint_every,
+            global_batch_size=config.global_batch_size,
+            samples_per_epoch=len(side.prepared.splits.train_ids),
+        ),
+        record=point_record(side, stage, engine),
+        frozen={f"{MODEL_PREFIX}{name}": state[name] for name in state if name in parameters - trains},
+        stop_asked=side.stop_asked,
+        on_saved=lambda step, seconds: _note_saved(side, stage, step, seconds),
+        notify=side.display.notice,
+    )
+
+
+def begin(side: StudentSide, stage: StageSpec, checkpointer: Checkpointer) -> StageProgress:
+    """Restore the resume point of this stage if there is one, else seed this process for it.
+
+    Raises:
+        UserError: the resume point belongs to something else.
+    """
+    found = side.resume_point
+    if found is None or found.stage_index != stage.index:
+        seed_process(derive_seed("process", side.prepared.config.seed, stage.index, side.student_rank))
+        return StageProgress()
+    check_belongs(found.manifest, checkpointer.record, what=f"resume point {found.path}")
+    notes = differences_in_machine(found.manifest, checkpointer.record)
+    for note in notes:
+        side.display.notice(f"not bit for bit: {note}")
+    progress = checkpointer.restore(found.path, found.manifest)
+    side.tracker.log_resumed(stage=stage.name, step=progress.step, rel_tol=OTHER_MACHINE_REL_TOL if notes else 0.0)
+    side.display.notice(f"stage {stage.name} goes on after step {progress.step}")
+    return progress
+
+
+def _note_saved(side: StudentSide, stage: StageSpec, step: int, seconds: float) -> None:
+    side.tracker.log_published("resume_point", stage=stage.name, step=step)
+    side.tracker.log_metrics({"perf/save_s": seconds}, step=step, child=True)
+
+
+def seed_process(seed: int) -> None:
+    """Random states of this process, for what draws without a generator of its own (dropout)."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def point_record(side: StudentSide, stage: StageSpec, engine: Engine) -> dict[str, Any]:
+    """What a resume point belongs to (`identity`) and was made on (`machine`)."""
+    prepared = side.prepared
+    trained = [name for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
+    return {
+        "stage": {"index": stage.index, "name": stage.name},
+        "identity": {
+            "plan_digest": prepared.plan.digest(),
+            "data_digest": prepared.splits.digest,
+            "teacher_digest": side.teacher_digest,
+            "trainable_digest": hashlib.sha256("\n".join(trained).encode()).hexdigest(),
+            "num_students": prepared.shape.num_students,
+            "micro_batch_size": prepared.shape.micro_batch_size,
+            "engine": side.engine_spec.describe(),
+        },
+        "machine": {
+            "skd_dist": __version__,
+            "torch": torch.__version__,
+            "machine_type": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+            "device": torch.cuda.get_device_name(side.device) if side.device.type == "cuda" else "cpu",
+            "num_threads": torch.get_num_threads(),
+        },
+    }
+
+
+def check_belongs(manifest: Mapping[str, Any], record: Mapping[str, Any], *, what: str) -> None:
+    """Refuse a resume point of something else.
+
+    Raises:
+        UserError: the fields that differ, by name.
+    """
+    found, own = manifest["identity"], record["identity"]
+    differing = [f"{name} {found.get(name)} -> {value}" for name, value in own.items() if found.get(name) != value]
+    if differing:
+        raise UserError(
+            f"{what} belongs to another launch",
+            got=", ".join(differing),
+            do="give the flags and ranks of that launch; between stages the number of students is free",
+        )
+
+
+def differences_in_machine(manifest: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
+    """What may change the rounding, one line for each."""
+    found, own = manifest["machine"], record["machine"]
+    return [f"{name} was {found.get(name)}, is {value}" for name, value in own.items() if found.get(name) != value]

@@ -1,0 +1,173 @@
+"""Students write a resume point together or not at all. Two threads stand for two students."""
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from skd_dist import checkpointer as subject
+from skd_dist.checkpointer import Checkpointer, Preempted
+from skd_dist.duration import Interval
+from skd_dist.job.blackboard import Blackboard
+from skd_dist.progress import StageProgress
+from skd_dist.resume_point import newest_sound
+
+CPU = torch.device("cpu")
+
+
+class FakeEngine:
+    """An engine whose whole state is a number of its own."""
+
+    def __init__(self, rank: int) -> None:
+        self.module: nn.Module = nn.BatchNorm1d(2)
+        self.rank, self.state = rank, 10.0 * rank
+
+    def snapshot(self) -> dict[str, Any]:
+        return {f"state-{self.rank}.pt": torch.tensor(self.state)}
+
+    def restore(self, directory: Path) -> None:
+        self.state = float(torch.load(directory / f"state-{self.rank}.pt"))
+
+    def forward(self, images: Tensor) -> Mapping[str, Tensor]:
+        raise NotImplementedError
+
+    def backward(self, loss: Tensor) -> None: ...
+
+    def step(self, learning_rate: float) -> None: ...
+
+    def full_state(self) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def close(self) -> None: ...
+
+
+class Student:
+    """One student and what it was told."""
+
+    def __init__(self, store: dist.Store, rank: int, root: Path, interval: Interval) -> None:
+        self.engine = FakeEngine(rank)
+        self.stop, self.saved, self.notices = False, list[int](), list[str]()
+        self.checkpointer = Checkpointer(
+            root,
+            board=Blackboard(store, rank=rank, world_size=2, timeout=timedelta(seconds=20)),
+            engine=self.engine,
+            device=CPU,
+            interval=interval,
+            record={"identity": {"seed": 0}},
+            frozen={"model.frozen": torch.ones(1)},
+            stop_asked=lambda: self.stop,
+            on_saved=lambda step, seconds: self.saved.append(step),
+            notify=self.notices.append,
+        )
+
+
+def students(root: Path, interval: Interval | None = None) -> list[Student]:
+    store = dist.HashStore()
+    return [Student(store, rank, root, interval or Interval(steps=5)) for rank in range(2)]
+
+
+def together(action: Callable[[Student], Any], both: list[Student]) -> list[Any]:
+    with ThreadPoolExecutor(2) as pool:
+        return [future.result() for future in [pool.submit(action, student) for student in both]]
+
+
+def progress(step: int) -> StageProgress:
+    found = StageProgress(step=step, loss_trace=[1 / 3] * step, last_values={"train/loss": 1 / 3}, seconds=0.1)
+    found.window.add("loss", 2.0, 3.0)
+    return found
+
+
+def test_what_both_saved_comes_back_to_both(tmp_path: Path) -> None:
+    both = students(tmp_path)
+    both[0].checkpointer.chosen = {"model.w": torch.tensor([3.0])}
+    both[0].checkpointer.chosen_values = {"val/loss": 0.5}
+    both[1].checkpointer.chosen_values = {"val/loss": 0.5}
+    assert together(lambda student: student.checkpointer.save(progress(7)), both) == [True, True]
+    assert [student.saved for student in both] == [[7], [7]]
+    found = newest_sound(tmp_path, notify=pytest.fail)
+    assert found is not None
+    point, manifest = found
+    assert sorted(manifest["files"]) == [
+        "best.safetensors",
+        "engine/state-0.pt",
+        "engine/state-1.pt",
+        "frozen.safetensors",
+        "rank-0000.safetensors",
+        "rank-0001.safetensors",
+    ]
+
+    fresh = students(tmp_path)
+    for student in fresh:
+        student.engine.state = -1.0
+    back = together(lambda student: student.checkpointer.restore(point, manifest), fresh)
+    assert [student.engine.state for student in fresh] == [0.0, 10.0]
+    for one in back:
+        assert (one.step, one.loss_trace, one.last_values, one.seconds) == (7, [1 / 3] * 7, {"train/loss": 1 / 3}, 0.1)
+        assert {name: pair.tolist() for name, pair in one.window.totals().items()} == {"loss": [2.0, 3.0]}
+    for student in fresh:
+        assert student.checkpointer.chosen_values == {"val/loss": 0.5}
+        assert student.checkpointer.chosen is not None
+        assert student.checkpointer.chosen["model.w"].tolist() == [3.0]
+
+
+@pytest.mark.parametrize(("function", "culprit"), [("start_writing", 0), ("write_part", 1), ("commit", 0)])
+def test_a_disk_that_fails_one_fails_all_and_the_run_goes_on(
+    tmp_path: Path, function: str, culprit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = students(tmp_path)
+    together(lambda student: student.checkpointer.save(progress(5)), both)
+    real = getattr(subject, function)
+
+    def fails(root: Path, step: int, *rest: Any, **named: Any) -> Any:
+        part = rest[0] if rest else None
+        if culprit == 0 or f"state-{culprit}.pt" in part.engine:
+            raise OSError(28, "No space left on device")
+        return real(root, step, *rest, **named)
+
+    monkeypatch.setattr(subject, function, fails)
+    assert together(lambda student: student.checkpointer.save(progress(10)), both) == [False, False]
+    for student in both:
+        (notice,) = student.notices
+        assert notice.startswith(f"no resume point after step 10: student {culprit}: No space left on device (")
+        assert notice.endswith("; older ones are kept")
+        assert student.saved == [5]
+    monkeypatch.undo()
+    found = newest_sound(tmp_path, notify=pytest.fail)
+    assert found is not None and found[1]["step"] == 5
+    assert not list(tmp_path.glob(".*")), "nothing half-written is left"
+    assert together(lambda student: student.checkpointer.save(progress(15)), both) == [True, True]
+
+
+def test_steps_decide_on_every_student_and_the_clock_on_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = students(tmp_path)
+    assert [student.checkpointer.wishes() for student in both] == [(False, False)] * 2
+    for step in range(1, 12):
+        now = progress(step)
+        together(lambda student: student.checkpointer.act(now, save=False, stop=False), both)  # noqa: B023
+    assert [student.saved for student in both] == [[5, 10], [5, 10]]
+
+    clocked = students(tmp_path / "clock", Interval(seconds=60))
+    monkeypatch.setattr(subject.time, "monotonic", lambda: 1e9)
+    assert [student.checkpointer.wishes() for student in clocked] == [(True, False), (False, False)]
+
+
+def test_who_is_asked_to_stop_saves_first(tmp_path: Path) -> None:
+    both = students(tmp_path)
+    both[1].stop = True
+    assert [student.checkpointer.wishes() for student in both] == [(False, False), (False, True)]
+
+    def stop(student: Student) -> str:
+        with pytest.raises(Preempted) as caught:
+            student.checkpointer.act(progress(3), save=False, stop=True)
+        return str(caught.value)
+
+    assert together(stop, both) == ["stopped after step 3"] * 2
+    assert [student.saved for student in both] == [[3], [3]]
