@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,8 +30,11 @@ from typing import Any
 
 import torch
 import tyro
-from bench_checkpoint import CheckpointBench, measure
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent))  # as a script it is there already, imported it is not
+
+from bench_checkpoint import CheckpointBench, measure
 
 from skd_dist.contracts import Batch, Engine, Outputs, PlanContext, TeacherLink
 from skd_dist.engines import EngineSpec, make_engine

@@ -59,11 +59,10 @@ def test_losing_a_silent_rank_or_rank_0_ends_the_others(worlds):
     results = worlds["lose_rank_0"]
     assert [result.code for result in results] == [-signal.SIGKILL, 2, 2], results
     printed = [[line for line in result.stderr.splitlines() if line.startswith("skd_dist")] for result in results]
-    assert printed == [
-        ["skd_dist: rank 2 stopped answering; got no sign of life for 7 s"],
-        ["skd_dist: rank 0, which hosts the job's store, is gone; see its own output"],
-        [],  # one line per node
-    ]
+    assert printed[0] == ["skd_dist: rank 2 stopped answering; got no sign of life for 7 s"]
+    # Silent where it heard of rank 2 in the moment before rank 0 was gone: that has been said already.
+    assert printed[1] in (["skd_dist: rank 0, which hosts the job's store, is gone; see its own output"], [])
+    assert printed[2] == []  # one line per node
 
 
 def join():
