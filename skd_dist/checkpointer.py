@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -161,7 +162,7 @@ class Checkpointer:
         """What an action on the disk came to; a disk that fails is no reason to end a run."""
         try:
             found = action()
-        except (OSError, RuntimeError, BrokenError) as error:
+        except (OSError, RuntimeError, SafetensorError, BrokenError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).partition("\n")[0]
             return {"error": f"{reason} ({self._root}, pid {os.getpid()})"}
         return found if isinstance(found, dict) else {}

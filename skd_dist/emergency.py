@@ -45,8 +45,10 @@ class Emergency:
 
     def leave(self) -> NoReturn:
         """The time to stop in order is over."""
-        self.end("KILLED", "asked to stop, and could not save in time")
-        os._exit(EXIT_STOPPED)
+        try:
+            self.end("KILLED", "asked to stop, and could not save in time")
+        finally:
+            os._exit(EXIT_STOPPED)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -174,7 +174,11 @@ def choose_point(prepared: Prepared, num_done: int) -> Path | None:
 def was_published(run_dir: Path) -> bool:
     """Whether the journal knows of anything that this run could go on from."""
     path = run_dir / JOURNAL_FILE
-    return path.exists() and any(event.kind == "published" for event, _ in read_events(path))
+    if not path.exists():
+        return False
+    published = {event.data["what"] for event, _ in read_events(path) if event.kind == "published"}
+    # A result that was there has outlived its resume points: the user removed it, and was told to begin there again.
+    return "resume_point" in published and "stage_result" not in published
 
 
 def _next_root(prepared: Prepared, num_done: int) -> Path:

@@ -4,11 +4,9 @@ Every student walks through here in step; rank 0 alone writes the run's files.
 """
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 from skd_dist.checkpoint import read_manifest, read_stage_result, write_tensors
-from skd_dist.contracts import Batch, Outputs
 from skd_dist.errors import UserError
 from skd_dist.evaluate import evaluate_logits
 from skd_dist.models.create import create_model, load_weights, weights_digest
@@ -119,7 +117,7 @@ def measure_student(side: StudentSide, state: State, split: str) -> dict[str, fl
     model = create_model(cut.name, num_classes=cut.num_classes, image_size=cut.image_size, seed=0)
     model.load_state_dict(state, strict=True)
     model = model.eval().to(side.device)
-    stream: Iterator[tuple[Batch, Outputs]] = ((batch, {}) for batch in split_batches(side, split))
+    stream = side.ask.stream(split_batches(side, split), ())
     return evaluate_logits(
         lambda batch, _: run_cut(cut, model, batch.images, taps=[], logits=True)[LOGITS],
         stream=stream,

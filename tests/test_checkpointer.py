@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from skd_dist import checkpointer as subject
@@ -116,9 +117,21 @@ def test_what_both_saved_comes_back_to_both(tmp_path: Path) -> None:
         assert student.checkpointer.chosen["model.w"].tolist() == [3.0]
 
 
-@pytest.mark.parametrize(("function", "culprit"), [("start_writing", 0), ("write_part", 1), ("commit", 0)])
+FULL = OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("function", "culprit", "error"),
+    [
+        ("start_writing", 0, FULL),
+        ("write_part", 1, FULL),
+        ("write_part", 1, SafetensorError("No space left on device")),
+        ("write_part", 0, RuntimeError("No space left on device")),
+        ("commit", 0, FULL),
+    ],
+)
 def test_a_disk_that_fails_one_fails_all_and_the_run_goes_on(
-    tmp_path: Path, function: str, culprit: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, function: str, culprit: int, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     both = students(tmp_path)
     together(lambda student: student.checkpointer.save(progress(5)), both)
@@ -126,8 +139,8 @@ def test_a_disk_that_fails_one_fails_all_and_the_run_goes_on(
 
     def fails(root: Path, step: int, *rest: Any, **named: Any) -> Any:
         part = rest[0] if rest else None
-        if culprit == 0 or f"state-{culprit}.pt" in part.engine:
-            raise OSError(28, "No space left on device")
+        if part is None or f"state-{culprit}.pt" in part.engine:
+            raise error
         return real(root, step, *rest, **named)
 
     monkeypatch.setattr(subject, function, fails)

@@ -6,6 +6,7 @@ The order is computed in the training process; workers only read and decode what
 neither the number of workers nor the number of students. Left out: pinned memory, a quarantine for bad samples.
 """
 
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -181,9 +182,16 @@ def _load(dataset: ShardDataset, requests: Iterator[list[Request]], *, num_worke
         collate_fn=_as_it_is,
         # Otherwise the loader draws a seed for its workers from torch's global random state, and changes it.
         generator=torch.Generator(),
+        worker_init_fn=_leave_stopping_to_the_trainer,
     )
     # Workers (of one thread each, by torch's default) start here, before the first batch is due.
     return _raise_errors(iter(loader))
+
+
+def _leave_stopping_to_the_trainer(worker: int) -> None:
+    """Clusters signal whole process groups; a worker that dies of it would take the step under way with it."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -137,7 +137,8 @@ class JournalReplica:
         state = recall(self._state_file)
         self._summary = writer.summary()
         self._where = str(self._summary["tracking_uri"])
-        same = state.get("tracking_uri") == self._summary["tracking_uri"]
+        # Another parent is a store that has nothing of this run yet: emptied, or another experiment.
+        same = all(state.get(name) == self._summary[name] for name in ("tracking_uri", "parent_run_id"))
         return int(state["offset_bytes"]) if same and state["offset_bytes"] <= self._journal.size_bytes() else 0
 
 

@@ -2,8 +2,10 @@
 
 import itertools
 import multiprocessing
+import os
 import pickle
 import re
+import signal
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -217,3 +219,18 @@ def test_nothing_in_a_shard_is_unpickled(noise_set: Path, tmp_path: Path, write_
     assert not mark.exists()
     pickle.loads(bomb)
     assert mark.exists()
+
+
+def test_a_signal_to_the_whole_group_leaves_the_workers_alive(noise_set: Path) -> None:
+    settings = {"batch_size": 4, "student_rank": 0, "num_students": 1}
+    batches = eval_batches(open_set(noise_set), **settings, num_workers=1)
+    seen = [next(batches)]
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        for worker in multiprocessing.active_children():
+            worker_pid = worker.pid
+            assert worker_pid is not None
+            os.kill(worker_pid, number)
+    seen += list(batches)
+    expected = list(eval_batches(open_set(noise_set), **settings, num_workers=0))
+    assert len(seen) == len(expected) == 6
+    assert all(same(a, b) for a, b in zip(seen, expected, strict=True))

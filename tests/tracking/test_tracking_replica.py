@@ -141,7 +141,14 @@ def test_the_next_attempt_goes_on_where_this_one_came_to(journal: Journal, start
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", '{"offset_bytes": "x"}', '{"offset_bytes": 10, "tracking_uri": "other"}']
+    "content",
+    [
+        "",
+        "[]",
+        '{"offset_bytes": "x"}',
+        '{"offset_bytes": 10, "tracking_uri": "other", "parent_run_id": "p"}',
+        '{"offset_bytes": 10, "tracking_uri": "fake", "parent_run_id": "of another experiment"}',
+    ],
 )
 def test_without_a_sound_memory_everything_is_sent_again(journal: Journal, start: Start, content: str) -> None:
     store = FakeStore()
