@@ -11,11 +11,24 @@ from collections import Counter
 
 VARIABLE = "SKD_FAULT"
 
+PLACES = (
+    "publish/engine-file",
+    "publish/part",
+    "publish/synced",
+    "publish/before-manifest",
+    "publish/manifest",
+    "publish/renamed",
+    "publish/latest",
+    "publish/purge",
+)
+"""All there are, in the order in which a publish comes by; they are in `resume_point.py`."""
+
 _reached: Counter[str] = Counter()
 
 
 def reach(place: str) -> None:
     """Die here, if somebody asked for it."""
+    assert place in PLACES, f"{place} is not in the list"
     wanted = os.environ.get(VARIABLE)
     if wanted is None:
         return

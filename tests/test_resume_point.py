@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from skd_dist.fault_points import VARIABLE
+from skd_dist.fault_points import PLACES, VARIABLE
 from skd_dist.resume_point import (
     LATEST,
     BrokenError,
@@ -24,16 +24,6 @@ from skd_dist.resume_point import (
     write_part,
 )
 
-PLACES = (
-    "publish/engine-file",
-    "publish/part",
-    "publish/synced",
-    "publish/before-manifest",
-    "publish/manifest",
-    "publish/renamed",
-    "publish/latest",
-    "publish/purge",
-)
 EXISTS_FROM = PLACES.index("publish/renamed")
 
 

@@ -30,7 +30,7 @@ from typing import Any
 import psutil
 import tyro
 
-from skd_dist.fault_points import VARIABLE
+from skd_dist.fault_points import PLACES, VARIABLE
 from skd_dist.tracking import JOURNAL_FILE, read_events
 from skd_dist.tracking.entries import clean_key, finite_or_nan
 from skd_dist.tracking.journal import number
@@ -44,16 +44,6 @@ SAVE_EVERY_STEPS = 5
 GONE_WITHIN_S = 90.0
 """Heartbeat timeout and grace of the toy, and time for the machine: nothing may live longer after a kill."""
 
-PLACES = (
-    "publish/engine-file",
-    "publish/part",
-    "publish/synced",
-    "publish/before-manifest",
-    "publish/manifest",
-    "publish/renamed",
-    "publish/latest",
-    "publish/purge",
-)
 VICTIMS = ("student 0", "student 1", "teacher", "launch.py", "deepspeed", "preemption", "publish", "publish")
 
 
