@@ -1,15 +1,19 @@
 """What stands by while runs go on: who says how a run ended, who may ask it to stop, and whether it still moves."""
 
 import os
+import threading
 from dataclasses import dataclass
 from typing import NoReturn
 
 from skd_dist.config import RunConfig
+from skd_dist.job.consensus import print_error
 from skd_dist.job.pulse import Pulse
 from skd_dist.job.stop_request import EXIT_STOPPED, StopRequest
 from skd_dist.run_lock import RunLock
 from skd_dist.run_record import write_failure
 from skd_dist.tracking import NullTracker, RunTracker, Status
+
+_LAST_WORDS_S = 5.0
 
 
 class Emergency:
@@ -19,6 +23,7 @@ class Emergency:
         self._tracker: RunTracker = NullTracker()
         self._config: RunConfig | None = None
         self._lock: RunLock | None = None
+        self._ending = threading.Lock()
 
     def hold(self, lock: RunLock) -> None:
         """Let go of the run directory when everything about the run is said."""
@@ -29,15 +34,19 @@ class Emergency:
         self._tracker, self._config = tracker, config
 
     def end(self, status: Status, error: str | None = None) -> None:
-        """Say it once; later calls say nothing."""
-        tracker, config = self._tracker, self._config
-        self._tracker, self._config = NullTracker(), None
-        tracker.end(status)
-        if config is not None and status != "FINISHED":
-            write_failure(config.run_dir, status=status.lower(), error=error, method=config.method)
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
+        """Say it once; later calls say nothing, but wait until it is said: another thread may end the process next."""
+        with self._ending:
+            tracker, config = self._tracker, self._config
+            self._tracker, self._config = NullTracker(), None
+            tracker.end(status)
+            if config is not None and status != "FINISHED":
+                try:
+                    write_failure(config.run_dir, status=status.lower(), error=error, method=config.method)
+                except OSError as full:  # how this process ends does not depend on the disk
+                    print_error(f"{config.run_dir}/summary.json cannot be written ({full.strerror})")
+            if self._lock is not None:
+                self._lock.release()
+                self._lock = None
 
     def fail(self, line: str) -> None:
         """The run under way has failed."""
@@ -45,10 +54,13 @@ class Emergency:
 
     def leave(self) -> NoReturn:
         """The time to stop in order is over."""
-        try:
-            self.end("KILLED", "asked to stop, and could not save in time")
-        finally:
-            os._exit(EXIT_STOPPED)
+        # In a thread that is not waited for long: a disk that hangs may be the reason for being late.
+        saying = threading.Thread(
+            target=self.end, args=("KILLED", "asked to stop, and could not save in time"), daemon=True
+        )
+        saying.start()
+        saying.join(_LAST_WORDS_S)
+        os._exit(EXIT_STOPPED)
 
 
 @dataclass(frozen=True, kw_only=True)

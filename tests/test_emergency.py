@@ -1,0 +1,70 @@
+"""How a run ended is said once, whoever says it, and never keeps a process alive."""
+
+import json
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from skd_dist import emergency as subject
+from skd_dist.config import RunConfig
+from skd_dist.emergency import Emergency
+from skd_dist.job.stop_request import EXIT_STOPPED
+from skd_dist.run_lock import FILE, take_lock
+from skd_dist.tracking import NullTracker
+
+
+class SlowTracker(NullTracker):
+    """A tracker whose end takes until it is let go."""
+
+    def __init__(self) -> None:
+        self.entered, self.released = threading.Event(), threading.Event()
+        self.statuses: list[str] = []
+
+    def end(self, status: str) -> None:
+        self.entered.set()
+        self.released.wait()
+        self.statuses.append(status)
+
+
+def watching(folder: Path, tracker: NullTracker) -> Emergency:
+    emergency = Emergency()
+    emergency.hold(take_lock(folder, patience_s=0))
+    emergency.watch(tracker, RunConfig(train_shards="t", val_shards="v", student="s", num_classes=2, run_dir=folder))
+    return emergency
+
+
+def test_who_comes_second_waits_and_says_nothing(tmp_path: Path) -> None:
+    tracker = SlowTracker()
+    emergency = watching(tmp_path, tracker)
+    first = threading.Thread(target=emergency.end, args=("KILLED", "stopped"))
+    first.start()
+    tracker.entered.wait()
+    second = threading.Thread(target=emergency.fail, args=("a rank failed",))
+    second.start()
+    second.join(0.3)
+    assert second.is_alive() and (tmp_path / FILE).exists(), "the directory is not free before all is said"
+    tracker.released.set()
+    first.join()
+    second.join()
+    assert tracker.statuses == ["KILLED"] and not (tmp_path / FILE).exists()
+    assert json.loads((tmp_path / "summary.json").read_text())["status"] == "killed"
+
+
+def test_a_disk_that_is_full_keeps_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(subject, "write_failure", full)
+    watching(tmp_path, NullTracker()).fail("a rank failed")
+    expected = f"skd_dist: {tmp_path}/summary.json cannot be written (No space left on device)\n"
+    assert capsys.readouterr().err == expected and not (tmp_path / FILE).exists()
+
+
+def test_whoever_hangs_while_saying_it_is_left_behind(tmp_path: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        subject._LAST_WORDS_S = 0.2
+        watching(tmp_path, SlowTracker()).leave()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == EXIT_STOPPED
