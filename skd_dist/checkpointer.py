@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError
@@ -21,9 +21,10 @@ from torch import Tensor
 
 from skd_dist.contracts import Engine
 from skd_dist.duration import Interval
+from skd_dist.errors import NoTeacherError, UserError
 from skd_dist.job.blackboard import Blackboard
 from skd_dist.progress import StageProgress
-from skd_dist.rank_state import capture_rank_state, restore_rank_state
+from skd_dist.rank_state import capture_rank_state, remember_rank_state, restore_rank_state
 from skd_dist.resume_point import (
     ENGINE,
     FROZEN,
@@ -87,9 +88,21 @@ class Checkpointer:
         self._on_saved = on_saved
         self._notify = notify
         self._last_s = time.monotonic()
+        self._undo_step: Callable[[], None] | None = None
         self.chosen: Mapping[str, Tensor] | None = None
         """Weights that a stage would hand on now, if they are not its last."""
         self.chosen_values: Mapping[str, float] = {}
+
+    def begin_step(self) -> None:
+        self._undo_step = remember_rank_state(self._engine.module, self._device)
+
+    def give_up(self, progress: StageProgress, error: NoTeacherError | None) -> NoReturn:
+        # Statistics and random states have moved since; parameters and moments have not.
+        assert self._undo_step is not None, "only a step that began can be given up"
+        self._undo_step()
+        saved = self.save(progress)
+        lines = [line for line in self.share(error.line if error else "") if line]
+        raise UserError(f"step {progress.step} was given up{' and saved' if saved else ''}: {lines[0]}")
 
     def wishes(self) -> tuple[bool, bool]:
         # One clock decides, the first student's: the others have no wish of their own to save.

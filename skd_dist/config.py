@@ -24,7 +24,7 @@ from skd_dist.teacher import TeacherDtype
 MAY_CHANGE_ON_RESUME = frozenset(
     ("teacher_ranks", "teacher_placement", "deepspeed_config", "micro_batch_size", "num_workers", "run_dir")
     + ("tracking_uri", "experiment", "resume", "prefetch", "network_interface", "toy", "dry_run", "name")
-    + ("resume_or_start", "checkpoint_every", "grace", "stall_timeout")
+    + ("resume_or_start", "checkpoint_every", "grace", "stall_timeout", "teacher_timeout")
 )
 """Fields that say where and how a run is computed, not what: tags in MLflow, where parameters are written once."""
 
@@ -95,6 +95,8 @@ class RunConfig:
     """Seconds to save and leave in, once the job is asked to stop (SIGTERM, SIGUSR1, or a lost launcher)."""
     stall_timeout: float = 600.0
     """Seconds without a batch after which a rank counts as stuck: all stacks are written and the job ends."""
+    teacher_timeout: float | None = None
+    """Seconds without any teacher after which the run is saved and ends; default: half of --stall-timeout."""
     prefetch: int = 2
     """Requests to the teacher that are under way while the student trains, >= 0; exact for any value."""
     method: str = "skd"
@@ -130,6 +132,10 @@ class RunConfig:
         return OptimizerSpec(
             name=self.optimizer, learning_rate=self.lr, schedule=self.schedule, weight_decay=self.weight_decay
         )
+
+    @property
+    def teacher_timeout_s(self) -> float:
+        return self.stall_timeout / 2 if self.teacher_timeout is None else self.teacher_timeout
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for config.json and the tracking."""
@@ -184,9 +190,20 @@ def check_config(config: RunConfig) -> None:
     parse_duration(config.stage_duration)
     parse_duration(config.head_duration)
     parse_interval(config.checkpoint_every, global_batch_size=config.global_batch_size, samples_per_epoch=1)
-    for flag, seconds in (("--grace", config.grace), ("--stall-timeout", config.stall_timeout)):
+    for flag, seconds in (
+        ("--grace", config.grace),
+        ("--stall-timeout", config.stall_timeout),
+        ("--teacher-timeout", config.teacher_timeout_s),
+    ):
         if not (seconds > 0 and math.isfinite(seconds)):
             raise UserError(f"{flag} cannot be used", got=seconds, expected="seconds, more than 0")
+    if config.teacher_timeout_s >= config.stall_timeout:
+        # Students that wait for a teacher make no progress: the run must have been saved and ended before that counts.
+        raise UserError(
+            "--teacher-timeout cannot be used",
+            got=config.teacher_timeout,
+            expected=f"less than --stall-timeout {config.stall_timeout:g}",
+        )
 
 
 def _check_range(flag: str, value: int, *, low: int) -> None:

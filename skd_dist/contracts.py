@@ -78,6 +78,9 @@ class TeacherLink(Protocol):
     the order. Answers of a frozen teacher do not depend on when they are computed: running ahead is exact.
     """
 
+    can_be_lost: bool
+    """Whether `take` may come to raise NoTeacherError."""
+
     def submit(self, request_id: int, images: Tensor, outputs: Sequence[str]) -> None:
         """Ask for outputs of one micro-batch. images: uint8 [N, 3, H, W], never merged with others or split."""
         ...

@@ -7,6 +7,7 @@ from typing import NoReturn
 
 from skd_dist.config import RunConfig
 from skd_dist.job.consensus import print_error
+from skd_dist.job.notices import NoticeReader
 from skd_dist.job.pulse import Pulse
 from skd_dist.job.stop_request import EXIT_STOPPED, StopRequest
 from skd_dist.run_lock import RunLock
@@ -70,3 +71,4 @@ class Guards:
     emergency: Emergency
     stop: StopRequest
     pulse: Pulse
+    notices: NoticeReader

@@ -28,3 +28,7 @@ class UserError(Exception):
             parts.append(do)
         self.line = "; ".join(" ".join(str(part).split()) for part in parts)
         super().__init__(self.line)
+
+
+class NoTeacherError(UserError):
+    """Every teacher of a student has lost its model, and none came back in time."""

@@ -56,7 +56,7 @@ def evaluate_stage(
     module.eval()
     meter = Meter()
     with torch.inference_mode():
-        for cpu_batch, targets in ask.stream(batches, stage.teacher_outputs):
+        for cpu_batch, targets in ask.answers(batches, stage.teacher_outputs):
             batch = to_device(cpu_batch, device)
             outputs = module(batch.images)
             terms = method.loss(stage, outputs, targets, batch)

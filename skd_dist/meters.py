@@ -38,6 +38,11 @@ class Meter:
         kept = torch.where(valid, values, torch.zeros_like(values))
         self._accumulate(name, torch.stack([kept.sum(), valid.sum().double()]))
 
+    def merge(self, other: "Meter") -> None:
+        """Add everything that another one of this process holds."""
+        for name, pair in other._totals.items():
+            self._accumulate(name, pair)
+
     def _accumulate(self, name: str, pair: Tensor) -> None:
         self._totals[name] = self._totals[name].to(pair.device) + pair if name in self._totals else pair
 

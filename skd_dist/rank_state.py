@@ -5,13 +5,32 @@ them. Everything becomes named tensors, so that a resume point is safetensors wh
 """
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 _BUFFER, _RNG = "buffer/", "rng/"
+
+
+def remember_rank_state(module: nn.Module, device: torch.device) -> Callable[[], None]:
+    """A function that puts all of it back as it is now: cheap enough for every step."""
+    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    torch_state, python_state, numpy_state = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    cuda_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def put_back() -> None:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        torch.set_rng_state(torch_state)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        if cuda_state is not None:
+            torch.cuda.set_rng_state(cuda_state, device)
+
+    return put_back
 
 
 def capture_rank_state(module: nn.Module, device: torch.device) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What every rank does before and around a run: agree, prepare, load the teacher, claim the directory, make the parts.
+"""What every rank does before and around a run: agree, prepare, claim the directory, make the parts.
 
 Each step is a point of agreement: a rank that cannot take it says why, and all ranks end together. What the parts then
 do with each other is the runner's.
@@ -12,25 +12,21 @@ import platform
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from skd_dist.config import MAY_CHANGE_ON_RESUME, RunConfig
-from skd_dist.contracts import TeacherLink
 from skd_dist.display import RunDisplay
 from skd_dist.engines import EngineSpec, load_deepspeed_config
 from skd_dist.errors import UserError
 from skd_dist.job.consensus import agree, broadcast_text, gather_text
 from skd_dist.job.rendezvous import Job
-from skd_dist.link.inline import InlineLink
-from skd_dist.link.student_side import RemoteLink
 from skd_dist.prepare import Prepared, prepare_run, unpack_embedded_data
 from skd_dist.resume_point import newest_sound, verify
 from skd_dist.run_record import open_run_directory
 from skd_dist.stage_side import FoundPoint
 from skd_dist.student_run import count_done
-from skd_dist.teacher import FrozenTeacher, build_teacher
 from skd_dist.tracking import (
     JOURNAL_FILE,
     DatasetNote,
@@ -43,9 +39,6 @@ from skd_dist.tracking import (
 
 JOB_TIMEOUT = timedelta(minutes=10)
 """How long a collective of the students may take: one of them may be held up by a slow file system (guess)."""
-
-LINK_TIMEOUT = timedelta(seconds=120)
-"""How long a peer on the link may give no sign of life, or one payload may take (guess)."""
 
 
 def device_kind() -> Literal["cpu", "cuda"]:
@@ -89,52 +82,6 @@ def _check_same(job: Job, point: str, digest: str, *, what: str) -> None:
                     expected=found[0][:12],
                     do="make all nodes see the same files and versions",
                 )
-
-
-def load_teacher(job: Job, prepared: Prepared, key: str) -> tuple[FrozenTeacher | None, str | None]:
-    """The teacher on the ranks that hold one, and its digest on all.
-
-    The first rank of each node loads before the others, so that a download happens once per node.
-    """
-    roles, world = job.roles, job.world
-    holders = roles.teacher_ranks or roles.student_ranks
-    teacher: FrozenTeacher | None = None
-    if not prepared.plan.needs_teacher:
-        return None, None
-    node = world.rank // world.ranks_per_node
-    first_of_node = next((rank for rank in holders if rank // world.ranks_per_node == node), None)
-    for turn, mine in (
-        ("first", world.rank == first_of_node),
-        ("rest", world.rank in holders and world.rank != first_of_node),
-    ):
-        with agreed(job, f"{key}/teacher-{turn}"):
-            if mine:
-                teacher = _build_teacher(prepared, device_of(job))
-    digests = gather_text(job, f"{key}/teacher-digest", teacher.digest() if teacher else "")
-    with agreed(job, f"{key}/teacher-same"):
-        known = {rank: digest for rank, digest in enumerate(digests) if digest}
-        for rank, digest in known.items():
-            if digest != known[holders[0]]:
-                raise UserError(
-                    f"rank {rank} holds another teacher than rank {holders[0]}",
-                    got=digest[:12],
-                    expected=known[holders[0]][:12],
-                    do="give all nodes the same --teacher-checkpoint",
-                )
-    return teacher, digests[holders[0]]
-
-
-def _build_teacher(prepared: Prepared, device: torch.device) -> FrozenTeacher:
-    config, cut = prepared.config, prepared.models.teacher
-    assert cut is not None, "a plan that needs a teacher passed check_plan"
-    return build_teacher(
-        cut,
-        checkpoint=config.teacher_checkpoint,
-        allow_untrained=config.allow_untrained_teacher,
-        seed=config.seed,
-        dtype=config.teacher_dtype,
-        device=device,
-    )
 
 
 def open_record(job: Job, prepared: Prepared, digest: str | None, key: str) -> tuple[str, int, FoundPoint | None]:
@@ -183,22 +130,6 @@ def was_published(run_dir: Path) -> bool:
 
 def _next_root(prepared: Prepared, num_done: int) -> Path:
     return prepared.config.run_dir / "resume" / prepared.plan.stages[num_done].directory_name
-
-
-def answer_of(teacher: FrozenTeacher | None) -> Callable[..., Any]:
-    if teacher is not None:
-        return teacher.answer
-
-    def refuse(images: object, outputs: object) -> Any:
-        raise AssertionError(f"a run without a teacher asked for {outputs}")
-
-    return refuse
-
-
-def make_link(job: Job, teacher: FrozenTeacher | None, key: str) -> TeacherLink | None:
-    if job.roles.teacher_ranks:
-        return RemoteLink(job, run_key=key, timeout=LINK_TIMEOUT)
-    return InlineLink(teacher.answer) if teacher is not None else None
 
 
 def device_of(job: Job) -> torch.device:

@@ -18,32 +18,30 @@ from skd_dist.emergency import Emergency, Guards
 from skd_dist.errors import EXIT_USER_ERROR, UserError
 from skd_dist.job.consensus import JobEnded, agree, check_shared_directory, print_error
 from skd_dist.job.failure import FailureWatch
+from skd_dist.job.notices import NoticeReader
 from skd_dist.job.pulse import Pulse, StallWatch
 from skd_dist.job.rendezvous import Job, join_job, leave_job
 from skd_dist.job.stop_request import EXIT_STOPPED, StopRequest
 from skd_dist.link.ask_ahead import AskAhead
-from skd_dist.link.teacher_side import serve
 from skd_dist.prepare import Prepared
 from skd_dist.roles import RoleMap, World, make_role_map, resolve_teacher_ranks
 from skd_dist.run_lock import take_lock
 from skd_dist.run_record import write_summary
 from skd_dist.run_setup import (
     JOB_TIMEOUT,
-    LINK_TIMEOUT,
     agreed,
-    answer_of,
     device_kind,
     device_of,
     engine_spec_of,
-    load_teacher,
-    make_link,
     open_record,
     prepare_together,
     track_run,
 )
 from skd_dist.stage_side import StudentSide
 from skd_dist.student_run import run_student
-from skd_dist.teacher import FrozenTeacher
+from skd_dist.teacher import Teacher
+from skd_dist.teacher_process import TeacherProcess
+from skd_dist.teacher_run import load_teacher, make_link, serve_teacher, start_worker
 from skd_dist.tracking import NullTracker, RunTracker
 
 
@@ -80,10 +78,12 @@ def run_all(configs: Sequence[RunConfig], *, world: World) -> int:
     Returns:
         The exit code: 0 when all finished, 2 after an error that the user can mend.
     """
+    roles = roles_of(configs[0], world)
+    worker = start_worker(configs, role=roles.role_of(world.rank))
     try:
         job = join_job(
             world,
-            roles_of(configs[0], world),
+            roles,
             network_interface=configs[0].network_interface,
             device_kind=device_kind(),
             timeout=JOB_TIMEOUT,
@@ -93,10 +93,10 @@ def run_all(configs: Sequence[RunConfig], *, world: World) -> int:
     except UserError as error:
         print_error(error.line)  # nobody can be asked who else knows: this rank did not reach the others
         return EXIT_USER_ERROR
-    emergency, pulse = Emergency(), Pulse()
+    emergency, pulse, notices = Emergency(), Pulse(), NoticeReader()
     stop = StopRequest(grace_s=max(config.grace for config in configs), too_late=emergency.leave)
-    guards = Guards(emergency=emergency, stop=stop, pulse=pulse)
-    watch = FailureWatch(job, on_failure=emergency.fail, stop=stop)
+    guards = Guards(emergency=emergency, stop=stop, pulse=pulse, notices=notices)
+    watch = FailureWatch(job, on_failure=emergency.fail, stop=stop, notices=notices)
     StallWatch(
         pulse,
         timeout_s=max(config.stall_timeout for config in configs),
@@ -108,7 +108,7 @@ def run_all(configs: Sequence[RunConfig], *, world: World) -> int:
     exit_code = 0
     try:
         for number, config in enumerate(configs):
-            summaries += run_once(config, job, key=f"{number}-{config.name}", guards=guards)
+            summaries += run_once(config, job, key=f"{number}-{config.name}", guards=guards, worker=worker)
         if job.world.rank == 0:
             _show(summaries)
     except JobEnded as ended:
@@ -125,15 +125,20 @@ def run_all(configs: Sequence[RunConfig], *, world: World) -> int:
             traceback.print_exc()
         watch.post_failure(f"rank {job.world.rank} failed: {error!r}")
     watch.stop()
+    if worker is not None:
+        worker.close()
     leave_job(job)
     return exit_code
 
 
-def run_once(config: RunConfig, job: Job, *, key: str, guards: Guards) -> list[dict[str, Any]]:
+def run_once(
+    config: RunConfig, job: Job, *, key: str, guards: Guards, worker: TeacherProcess | None
+) -> list[dict[str, Any]]:
     """One run on this rank.
 
     Args:
         key: names this run's points of agreement.
+        worker: holds the teacher of a teacher rank.
 
     Returns:
         On rank 0 the run's summary, elsewhere nothing.
@@ -142,7 +147,8 @@ def run_once(config: RunConfig, job: Job, *, key: str, guards: Guards) -> list[d
     try:
         lock_directory(job, config, key, guards.emergency)
         prepared = prepare_together(job, config, key)
-        teacher, digest = load_teacher(job, prepared, key)
+        teacher, note = load_teacher(job, prepared, key, worker)
+        digest = note.digest if note else None
         run_key, num_done, point = open_record(job, prepared, digest, key)
     except JobEnded as ended:
         guards.emergency.fail(str(ended))
@@ -151,14 +157,15 @@ def run_once(config: RunConfig, job: Job, *, key: str, guards: Guards) -> list[d
     tracker: RunTracker = NullTracker()
     found: dict[str, Any] = {}
     if job.role == "teacher":
-        serve(job, answer_of(teacher), run_key=key, timeout=LINK_TIMEOUT)
+        serve_teacher(job, teacher, key)
     else:
         display = RunDisplay(enabled=job.world.rank == 0)
         if job.world.rank == 0:
             tracker = track_run(prepared, job, run_key, digest, notify=display.notice)
             guards.emergency.watch(tracker, config)
+            guards.notices.listener = tracker.log_teacher
         display.start_run(f"{config.name}: {config.method}", len(prepared.plan.stages))
-        link = make_link(job, teacher, key)
+        link = make_link(job, teacher, key, teacher_timeout_s=config.teacher_timeout_s)
         found = run_student(
             StudentSide(
                 prepared=prepared,
@@ -169,6 +176,7 @@ def run_once(config: RunConfig, job: Job, *, key: str, guards: Guards) -> list[d
                 tracker=tracker,
                 display=display,
                 teacher_digest=digest,
+                teacher_dtype=note.dtype if note else None,
                 num_done=num_done,
                 resume_point=point,
                 board=job.role_board,
@@ -179,9 +187,11 @@ def run_once(config: RunConfig, job: Job, *, key: str, guards: Guards) -> list[d
         if link is not None:
             link.close()
         display.end_run()
-    _check_teacher_unchanged(job, teacher, digest, key)
+    _check_teacher_unchanged(job, teacher, key)
     if job.world.rank != 0:
         return []
+    guards.notices.read(job.store)
+    guards.notices.listener = None
     summary = _summary(prepared, found, digest, tracker)
     write_summary(config.run_dir, summary)
     tracker.log_dict(summary, name="summary.json")
@@ -201,9 +211,9 @@ def lock_directory(job: Job, config: RunConfig, key: str, emergency: Emergency) 
                 ) from error
 
 
-def _check_teacher_unchanged(job: Job, teacher: FrozenTeacher | None, digest: str | None, key: str) -> None:
+def _check_teacher_unchanged(job: Job, teacher: Teacher | None, key: str) -> None:
     """Frozen means frozen: a difference is a defect of ours."""
-    if teacher is not None and teacher.digest() != digest:
+    if teacher is not None and teacher.has_moved():
         raise RuntimeError(f"rank {job.world.rank}: the teacher's weights moved during the run")
     agree(job, f"{key}/finished", None)
 

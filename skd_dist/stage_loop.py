@@ -1,7 +1,7 @@
 """The one training loop of the project: a stage, read from top to bottom.
 
     loader -> ask the teacher, running ahead -> student forward -> method's terms per sample -> masked mean in float32
-    -> backward -> finite on all students? -> update -> meters -> report
+    -> backward -> a teacher for all, and finite? -> update -> meters -> report
 
 It knows no method, no engine and no launcher by name. Stages, files and tracking are the runner's.
 """
@@ -9,14 +9,14 @@ It knows no method, no engine and no launcher by name. Stages, files and trackin
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import psutil
 import torch
 from torch import Tensor
 
 from skd_dist.contracts import Batch, Engine, LossTerms, Method, Outputs
-from skd_dist.errors import UserError
+from skd_dist.errors import NoTeacherError, UserError
 from skd_dist.link.ask_ahead import AskAhead
 from skd_dist.losses import feature_moments
 from skd_dist.meters import Meter, sum_over_students
@@ -33,6 +33,15 @@ OnReport = Callable[[int, Mapping[str, float]], None]
 class Interruptions(Protocol):
     """What may happen between two steps, on all students or on none."""
 
+    def begin_step(self) -> None:
+        """A step begins: what it may move before its update must be known, in case it is given up."""
+        ...
+
+    def give_up(self, progress: StageProgress, error: NoTeacherError | None) -> NoReturn:
+        """Leave from before the step under way, on all students: one at least has no teacher, and says so in `error`.
+        Nothing was updated."""
+        ...
+
     def wishes(self) -> tuple[bool, bool]:
         """(save, stop): what this student wants after the step under way. One student's wish counts for all."""
         ...
@@ -48,6 +57,12 @@ class Interruptions(Protocol):
 
 class NoInterruptions:
     """Nothing is saved and nobody stops, for one student: measurements."""
+
+    def begin_step(self) -> None: ...
+
+    def give_up(self, progress: StageProgress, error: NoTeacherError | None) -> NoReturn:
+        assert error is not None, "there is no other student"
+        raise error
 
     def wishes(self) -> tuple[bool, bool]:
         return False, False
@@ -87,7 +102,7 @@ def run_stage(
         interruptions: saving and stopping.
 
     Raises:
-        UserError: the loss is not finite; no student has updated then.
+        UserError: the loss is not finite, or no teacher is left; no student has updated then.
     """
     stream = ask.stream(batches, stage.teacher_outputs)
     ask.stats()
@@ -96,24 +111,33 @@ def run_stage(
     for step in range(progress.step, until):
         reporting = (step + 1) % report_every == 0 or step + 1 == until
         started = time.perf_counter()
-        micro_losses, seen = [], []
+        micro_losses, seen, meter = [], [], Meter()
+        if ask.can_lose_teacher:
+            interruptions.begin_step()
         for _ in range(grad_accum_steps):
             batch, targets = next(stream)
             batch = to_device(batch, device)
             outputs = engine.forward(batch.images)
+            if targets is None:
+                engine.backward(no_loss(outputs))  # the other students wait in the collectives of this backward pass
+                continue
             terms = method.loss(stage, outputs, targets, batch)
             loss = masked_mean(terms, batch.valid)
             engine.backward(loss)
             micro_losses.append(loss.detach())
             seen.append((terms, batch))
             for name, term in terms.items():
-                progress.window.add_samples(name, term.per_sample, batch.valid)
+                meter.add_samples(name, term.per_sample, batch.valid)
             if reporting:
-                add_variances(progress.window, targets, batch.valid)
+                add_variances(meter, targets, batch.valid)
 
         # Before the update, so that no student moves on what another found to be broken. Wishes ride along for free.
-        own = [float(torch.stack(micro_losses).sum()), grad_accum_steps, *map(float, interruptions.wishes())]
-        loss_sum, num_micro_steps, save, stop = sum_over_students(torch.tensor(own, dtype=torch.float64)).tolist()
+        own = [float(sum(micro_losses)), len(micro_losses), grad_accum_steps, *map(float, interruptions.wishes())]
+        agreed = sum_over_students(torch.tensor(own, dtype=torch.float64)).tolist()
+        loss_sum, num_answered, num_micro_steps, save, stop = agreed
+        if num_answered < num_micro_steps:
+            interruptions.give_up(progress, ask.no_teacher)
+        progress.window.merge(meter)
         progress.loss_trace.append(loss_sum / num_micro_steps)
         if not math.isfinite(progress.loss_trace[-1]):
             raise not_finite(stage, step, progress.loss_trace[-1], interruptions.share(" ".join(bad_keys(seen))))
@@ -134,6 +158,11 @@ def run_stage(
             on_report(step + 1, values)
             window_started, window_first = time.perf_counter(), step + 1
         interruptions.act(progress, save=save > 0, stop=stop > 0)
+
+
+def no_loss(outputs: Outputs) -> Tensor:
+    """Zero, through everything that a loss of these outputs could move."""
+    return torch.stack([0 * output.float().sum() for output in outputs.values()]).sum()
 
 
 def bad_keys(seen: Sequence[tuple[LossTerms, Batch]]) -> list[str]:

@@ -108,6 +108,7 @@ def point_record(side: StudentSide, stage: StageSpec, engine: Engine) -> dict[st
             "machine_type": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
             "device": torch.cuda.get_device_name(side.device) if side.device.type == "cuda" else "cpu",
             "num_threads": torch.get_num_threads(),
+            "teacher_dtype": side.teacher_dtype,
         },
     }
 

@@ -41,6 +41,8 @@ class StudentSide:
     tracker: RunTracker
     display: RunDisplay
     teacher_digest: str | None
+    teacher_dtype: str | None
+    """In which it answers."""
     num_done: int
     """Stages finished by an earlier launch."""
     resume_point: FoundPoint | None

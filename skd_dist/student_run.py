@@ -53,7 +53,7 @@ def measure_teacher(side: StudentSide) -> float | None:
     batches = split_batches(side, "val", limit=TEACHER_SAMPLE)
     top1 = evaluate_logits(
         lambda _, answer: answer[LOGITS].float().to(side.device),
-        stream=side.ask.stream(batches, (LOGITS,)),
+        stream=side.ask.answers(batches, (LOGITS,)),
         device=side.device,
     )["top1_frac"]
     count = min(TEACHER_SAMPLE, side.prepared.splits.val.num_samples)
@@ -117,7 +117,7 @@ def measure_student(side: StudentSide, state: State, split: str) -> dict[str, fl
     model = create_model(cut.name, num_classes=cut.num_classes, image_size=cut.image_size, seed=0)
     model.load_state_dict(state, strict=True)
     model = model.eval().to(side.device)
-    stream = side.ask.stream(split_batches(side, split), ())
+    stream = side.ask.answers(split_batches(side, split), ())
     return evaluate_logits(
         lambda batch, _: run_cut(cut, model, batch.images, taps=[], logits=True)[LOGITS],
         stream=stream,

@@ -5,7 +5,8 @@ on many. It is never a child of anything that trains.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +35,28 @@ def resolve_dtype(requested: TeacherDtype, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if in_hardware else torch.float32
 
 
+class Teacher(Protocol):
+    """What answers requests, wherever it runs."""
+
+    @property
+    def weights_digest(self) -> str:
+        """sha256 over all weights and buffers as loaded, before they were cast: the same on every machine."""
+        ...
+
+    @property
+    def dtype_name(self) -> str:
+        """Of weights and answers, for example `float16`."""
+        ...
+
+    def answer(self, images: Tensor, outputs: Sequence[str]) -> dict[str, Tensor]: ...
+
+    def has_moved(self) -> bool:
+        """Whether the weights are not what they were: a defect of ours."""
+        ...
+
+
 class FrozenTeacher:
-    """A model in eval mode, without gradients, that answers requests.
+    """A model in eval mode, without gradients, that answers requests. Implements `Teacher`.
 
     Args:
         model: weights as loaded; moved to device, dtype and the fastest memory format here.
@@ -45,8 +66,11 @@ class FrozenTeacher:
     """
 
     def __init__(self, model: nn.Module, *, cut: ModelCut, device: torch.device, dtype: torch.dtype) -> None:
+        self.weights_digest = weights_digest(model.state_dict())
+        self.dtype_name = str(dtype).removeprefix("torch.")
         self._model = model.eval().requires_grad_(False).to(device=device, dtype=dtype)
         set_memory_formats(self._model, cut, weights_too=True)
+        self._digest_at_work = weights_digest(self._model.state_dict())
         self.cut = cut
         self.device = device
 
@@ -66,35 +90,40 @@ class FrozenTeacher:
             found = run_cut(self.cut, self._model, images, taps=taps, logits=LOGITS in outputs)
             return {name: found[name] for name in outputs}
 
-    def digest(self) -> str:
-        """sha256 over all weights and buffers, to compare ranks and to prove that nothing moved."""
-        return weights_digest(self._model.state_dict())
+    def has_moved(self) -> bool:
+        return weights_digest(self._model.state_dict()) != self._digest_at_work
 
 
-def build_teacher(
-    cut: ModelCut,
-    *,
-    checkpoint: str | None,
-    allow_untrained: bool,
-    seed: int,
-    dtype: TeacherDtype,
-    device: torch.device,
-) -> FrozenTeacher:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Load:
+    """Which teacher to hold, and where: plain data, the same in whatever process loads it."""
+
+    cut: ModelCut
+    checkpoint: str | None
+    """A file, `pretrained`, or None."""
+    allow_untrained: bool
+    """Accept random weights seeded by `seed` where there is no checkpoint."""
+    seed: int
+    dtype: TeacherDtype
+    device: str
+    num_threads: int
+    """Of a process that holds nothing else: another number would round differently."""
+
+
+def build_teacher(order: Load) -> FrozenTeacher:
     """Load a teacher.
-
-    Args:
-        checkpoint: a file, `pretrained`, or None.
-        allow_untrained: accept random weights seeded by `seed` where there is no checkpoint.
 
     Raises:
         UserError: no weights and no leave to go without, or weights that do not fit.
     """
-    model = create_model(cut.name, num_classes=cut.num_classes, image_size=cut.image_size, seed=seed)
-    if checkpoint is not None:
-        load_weights(model, checkpoint, what="teacher checkpoint")
-    elif not allow_untrained:
+    cut = order.cut
+    model = create_model(cut.name, num_classes=cut.num_classes, image_size=cut.image_size, seed=order.seed)
+    if order.checkpoint is not None:
+        load_weights(model, order.checkpoint, what="teacher checkpoint")
+    elif not order.allow_untrained:
         raise UserError(
             f"teacher {cut.name} has no weights",
             do="give --teacher-checkpoint FILE or --teacher-checkpoint pretrained (or --allow-untrained-teacher)",
         )
-    return FrozenTeacher(model, cut=cut, device=device, dtype=resolve_dtype(dtype, device))
+    device = torch.device(order.device)
+    return FrozenTeacher(model, cut=cut, device=device, dtype=resolve_dtype(order.dtype, device))

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "skd_dist"
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 CONTRACTS = PYPROJECT["tool"]["importlinter"]["contracts"]
 
-FLOOR_0 = ("plan", "contracts", "duration", "roles", "errors", "fault_points")
+FLOOR_0 = ("plan", "contracts", "duration", "roles", "errors", "fault_points", "lifeline")
 DOORS = ("timm", "webdataset", "deepspeed", "accelerate", "mlflow")
 """Libraries that recipes and tools reach through the package only."""
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from skd_dist import checkpointer as subject
 from skd_dist.checkpointer import Checkpointer, Preempted
 from skd_dist.duration import Interval
+from skd_dist.errors import NoTeacherError, UserError
 from skd_dist.job.blackboard import Blackboard
 from skd_dist.progress import StageProgress
 from skd_dist.resume_point import newest_sound
@@ -184,3 +185,29 @@ def test_who_is_asked_to_stop_saves_first(tmp_path: Path) -> None:
 
     assert together(stop, both) == ["stopped after step 3"] * 2
     assert [student.saved for student in both] == [[3], [3]]
+
+
+def test_a_step_that_is_given_up_leaves_what_was_there_before_it(tmp_path: Path) -> None:
+    """Both students come to the step, only one of them has no teacher, and both say the same."""
+    both = students(tmp_path)
+
+    def live(student: Student) -> str:
+        student.engine.module(torch.randn(8, 2))
+        before = student.engine.module.running_mean.clone()
+        student.checkpointer.begin_step()
+        student.engine.module(torch.randn(8, 2))
+        torch.rand(1)
+        error = NoTeacherError("no teacher is left") if student.engine.rank == 1 else None
+        with pytest.raises(UserError, match="step 7 was given up and saved: no teacher is left") as caught:
+            student.checkpointer.give_up(progress(7), error)
+        assert torch.equal(student.engine.module.running_mean, before)
+        return caught.value.line
+
+    lines = together(live, both)
+    assert lines[0] == lines[1] and [student.saved for student in both] == [[7], [7]]
+    found = newest_sound(tmp_path, notify=fail)
+    assert found is not None and found[0].name.endswith("7")
+
+
+def fail(line: str) -> None:
+    raise AssertionError(line)

@@ -45,6 +45,7 @@ FLAGS = [
     "--checkpoint-every",
     "--grace",
     "--stall-timeout",
+    "--teacher-timeout",
     "--prefetch",
     "--method",
     "--stage-weights",

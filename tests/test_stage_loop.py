@@ -4,13 +4,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import NoReturn
 
 import pytest
 import torch
 
-from skd_dist.contracts import Batch, LossTerm
+from skd_dist.contracts import Batch, LossTerm, Outputs, TeacherLink
 from skd_dist.engines import EngineSpec, make_engine
-from skd_dist.errors import UserError
+from skd_dist.errors import NoTeacherError, UserError
 from skd_dist.link.ask_ahead import AskAhead
 from skd_dist.link.inline import InlineLink
 from skd_dist.methods import find_method
@@ -73,7 +74,12 @@ class Journey:
         )
 
     def train(
-        self, until: int | None = None, *, depth: int = 2, interruptions: Interruptions | None = None
+        self,
+        until: int | None = None,
+        *,
+        depth: int = 2,
+        interruptions: Interruptions | None = None,
+        link: TeacherLink | None = None,
     ) -> "Journey":
         until = self.stage.num_steps if until is None else until
         source = batches(micro_size=self.micro_size, count=until * self.grad_accum_steps)
@@ -82,7 +88,7 @@ class Journey:
             engine=self.engine,
             method=find_method("skd"),
             batches=islice(source, self.progress.step * self.grad_accum_steps, None),
-            ask=AskAhead(InlineLink(teacher().answer), depth=depth),
+            ask=AskAhead(link or InlineLink(teacher().answer), depth=depth),
             progress=self.progress,
             until=until,
             global_batch_size=self.micro_size * self.grad_accum_steps,
@@ -234,3 +240,48 @@ def test_masked_mean_ignores_invalid_slots_but_divides_by_all() -> None:
         "b": LossTerm(torch.tensor([10.0, 0.0, math.inf]), 0.5),
     }
     assert float(masked_mean(terms, torch.tensor([True, True, False]))) == pytest.approx((3 + 5) / 3)
+
+
+class LinkThatLosesItsTeacher(InlineLink):
+    """Answers a number of requests and then no more."""
+
+    can_be_lost = True
+
+    def __init__(self, num_answers: int) -> None:
+        super().__init__(teacher().answer)
+        self._num_left = num_answers
+
+    def take(self, request_id: int) -> Outputs:
+        if self._num_left == 0:
+            raise NoTeacherError("no teacher is left")
+        self._num_left -= 1
+        return super().take(request_id)
+
+
+class GivingUp(NoInterruptions):
+    """Writes down what it was told."""
+
+    def __init__(self) -> None:
+        self.begun: list[int] = []
+        self.given_up_at: int | None = None
+
+    def begin_step(self) -> None:
+        self.begun.append(len(self.begun))
+
+    def give_up(self, progress: StageProgress, error: NoTeacherError | None) -> NoReturn:
+        self.given_up_at = progress.step
+        super().give_up(progress, error)
+
+
+@pytest.mark.parametrize("num_answers", [4, 5])
+def test_a_step_without_a_teacher_is_given_up_before_anything_is_updated(num_answers: int) -> None:
+    """Two micro-steps a step: the teacher is lost before the third step, or in its middle."""
+    expected = Journey(micro_size=2, grad_accum_steps=2).train(until=2)
+    journey, interruptions = Journey(micro_size=2, grad_accum_steps=2), GivingUp()
+    with pytest.raises(NoTeacherError, match="no teacher is left"):
+        journey.train(interruptions=interruptions, link=LinkThatLosesItsTeacher(num_answers))
+    assert interruptions.given_up_at == 2 == journey.progress.step and interruptions.begun == [0, 1, 2]
+    assert journey.progress.loss_trace == expected.progress.loss_trace
+    assert journey.progress.window.totals().keys() == expected.progress.window.totals().keys()
+    for name, value in expected.module.named_parameters():
+        assert torch.equal(value, journey.module.get_parameter(name)), name

@@ -1,5 +1,7 @@
 """The frozen teacher: what it answers, where it stops, what it refuses."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from skd_dist.errors import UserError
 from skd_dist.models.create import create_model
 from skd_dist.models.cut import cut_model
 from skd_dist.plan import LOGITS
-from skd_dist.teacher import FrozenTeacher, build_teacher, resolve_dtype
+from skd_dist.teacher import FrozenTeacher, Load, build_teacher, resolve_dtype
 
 CPU = torch.device("cpu")
 CUT = cut_model("test_resnet", num_classes=3, image_size=32)
@@ -15,8 +17,8 @@ IMAGES = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torc
 
 
 def build(**changes: object) -> FrozenTeacher:
-    arguments = {"checkpoint": None, "allow_untrained": True, "seed": 1, "dtype": "fp32", "device": CPU} | changes
-    return build_teacher(CUT, **arguments)  # type: ignore[arg-type]
+    order = Load(cut=CUT, checkpoint=None, allow_untrained=True, seed=1, dtype="fp32", device="cpu", num_threads=1)
+    return build_teacher(dataclasses.replace(order, **changes))  # type: ignore[arg-type]
 
 
 def test_answers_what_is_asked_and_nothing_else_without_gradients() -> None:
@@ -36,10 +38,23 @@ def test_equals_the_model_itself() -> None:
 def test_answering_does_not_change_it_even_where_it_was_left_in_train_mode() -> None:
     model = create_model("test_resnet", num_classes=3, image_size=32, seed=1).train()
     teacher = FrozenTeacher(model, cut=CUT, device=CPU, dtype=torch.float32)
-    before = teacher.digest()
+    before = teacher.weights_digest
     first = teacher.answer(IMAGES, ("stage4",))["stage4"]
     assert torch.equal(teacher.answer(IMAGES, ("stage4",))["stage4"], first)
-    assert teacher.digest() == before == build().digest()
+    assert not teacher.has_moved() and teacher.weights_digest == before == build().weights_digest
+
+
+def test_a_weight_that_moves_is_noticed() -> None:
+    model = create_model("test_resnet", num_classes=3, image_size=32, seed=1)
+    teacher = FrozenTeacher(model, cut=CUT, device=CPU, dtype=torch.float32)
+    with torch.no_grad():
+        next(model.buffers()).add_(1)
+    assert teacher.has_moved()
+
+
+def test_a_machine_that_computes_in_another_dtype_holds_the_same_teacher() -> None:
+    assert build(dtype="bf16").weights_digest == build(dtype="fp32").weights_digest
+    assert build(dtype="bf16").dtype_name == "bfloat16"
 
 
 def test_answers_in_its_dtype() -> None:
@@ -52,7 +67,7 @@ def test_without_weights_it_is_refused() -> None:
 
 
 def test_another_seed_is_another_teacher() -> None:
-    assert build(seed=2).digest() != build(seed=1).digest()
+    assert build(seed=2).weights_digest != build(seed=1).weights_digest
 
 
 def test_automatic_dtype(monkeypatch: pytest.MonkeyPatch) -> None:

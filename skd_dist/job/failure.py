@@ -24,6 +24,7 @@ from skd_dist.errors import EXIT_USER_ERROR
 from skd_dist.job.consensus import print_error
 from skd_dist.job.heartbeat import PERIOD_S, PeerAges, beat
 from skd_dist.job.membership import Job
+from skd_dist.job.notices import NoticeReader
 from skd_dist.job.stop_request import StopRequest
 
 _SETTLE_S = 0.3
@@ -44,11 +45,20 @@ class FailureWatch:
         job: of this rank.
         on_failure: called with the line, in a thread, before the process ends; rank 0 closes the tracking run here.
         stop: exchanged between the ranks while the watch runs.
+        notices: read on rank 0 while the watch runs.
     """
 
-    def __init__(self, job: Job, *, on_failure: Callable[[str], None], stop: StopRequest | None = None) -> None:
+    def __init__(
+        self,
+        job: Job,
+        *,
+        on_failure: Callable[[str], None],
+        stop: StopRequest | None = None,
+        notices: NoticeReader | None = None,
+    ) -> None:
         self._world = job.world
         self._stop = stop
+        self._notices = notices
         self._timeout_s = job.timeout.total_seconds()
         self._on_failure = on_failure
         # A connection of its own: one that waits for an answer makes all users of the same connection wait.
@@ -86,6 +96,8 @@ class FailureWatch:
                 beat(self._store, self._world.rank)
                 if self._stop is not None:
                     self._stop.exchange(self._store)
+                if self._world.rank == 0 and self._notices is not None:
+                    self._notices.read(self._store)
                 if self._world.rank == 0:
                     self._judge_silent_ranks()
                 if self._store.check([_FAILED]):

@@ -3,6 +3,9 @@
 The request of batch i + depth is sent at the moment the answer to batch i is taken, which is the one fixed point of a
 step at which student and teacher talk. A frozen teacher's answer does not depend on when it is computed, so any depth
 gives the same result; 0 asks and waits.
+
+When no teacher is left the stream goes on without outputs: the student must get to a point at which all students can
+leave together.
 """
 
 import time
@@ -10,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from skd_dist.contracts import Batch, Outputs, TeacherLink
+from skd_dist.errors import NoTeacherError
 
 
 class AskAhead:
@@ -21,15 +25,22 @@ class AskAhead:
         on_batch: called with every batch that was read: a sign of progress.
     """
 
+    no_teacher: NoTeacherError | None = None
+    """Set when no teacher is left."""
+
     def __init__(self, link: TeacherLink | None, *, depth: int, on_batch: Callable[[], None] = lambda: None) -> None:
+        self.can_lose_teacher = link is not None and link.can_be_lost
         self._on_batch = on_batch
         self._link = link
         self._depth = depth
         self._next_id = 0
         self._data_wait_s = 0.0
 
-    def stream(self, batches: Iterable[Batch], outputs: Sequence[str]) -> Iterator[tuple[Batch, Outputs]]:
-        """Every batch with the teacher outputs asked for, in order; without outputs the teacher is left alone."""
+    def stream(self, batches: Iterable[Batch], outputs: Sequence[str]) -> Iterator[tuple[Batch, Outputs | None]]:
+        """Every batch with the teacher outputs asked for, in order; without outputs the teacher is left alone.
+
+        None stands for the outputs once `no_teacher` is set.
+        """
         if not outputs:
             for batch in self._timed(batches):
                 yield batch, {}
@@ -37,7 +48,8 @@ class AskAhead:
         assert self._link is not None, "a stage that needs a teacher passed check_plan"
         waiting: deque[tuple[int, Batch]] = deque()
         for batch in self._timed(batches):
-            self._link.submit(self._next_id, batch.images, outputs)
+            if self.no_teacher is None:
+                self._link.submit(self._next_id, batch.images, outputs)
             waiting.append((self._next_id, batch))
             self._next_id += 1
             if len(waiting) > self._depth:
@@ -45,9 +57,26 @@ class AskAhead:
         while waiting:
             yield self._answered(*waiting.popleft())
 
-    def _answered(self, request_id: int, batch: Batch) -> tuple[Batch, Outputs]:
+    def answers(self, batches: Iterable[Batch], outputs: Sequence[str]) -> Iterator[tuple[Batch, Outputs]]:
+        """`stream`, for who has nothing to lose.
+
+        Raises:
+            NoTeacherError: no teacher is left.
+        """
+        for batch, answer in self.stream(batches, outputs):
+            if answer is None:
+                assert self.no_teacher is not None
+                raise self.no_teacher
+            yield batch, answer
+
+    def _answered(self, request_id: int, batch: Batch) -> tuple[Batch, Outputs | None]:
         assert self._link is not None
-        return batch, self._link.take(request_id)
+        if self.no_teacher is None:
+            try:
+                return batch, self._link.take(request_id)
+            except NoTeacherError as error:
+                self.no_teacher = error
+        return batch, None
 
     def _timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         source = iter(batches)

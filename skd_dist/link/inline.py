@@ -19,6 +19,8 @@ class InlineLink:
         answer: the teacher; computes on its own device, which is the student's.
     """
 
+    can_be_lost = False
+
     def __init__(self, answer: AnswerRequest) -> None:
         self._answer = answer
         self._requests: dict[int, tuple[Tensor, tuple[str, ...]]] = {}

@@ -6,6 +6,9 @@
       Sent                                -->             not eager: payload posted
                                           <--   Answer    payload posted
                                           <--   Failure   instead of an answer, then the end
+                                          <--   Down      the model is lost; what is not answered is forgotten
+      Noted                               -->             what comes after this is asked again
+                                          <--   Up        the model is there again
       Bye                                 -->
                                           <--   Bye       nothing is under way any more
 
@@ -18,7 +21,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, get_args
 
 from skd_dist.errors import UserError
 from skd_dist.link.layout import TensorSpec
@@ -62,13 +65,30 @@ class Failure:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Down:
+    text: str
+    """How the model was lost."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Noted:
+    received: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Up:
+    down_s: float
+    """How long the model was gone."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Bye:
     received: tuple[int, ...]
 
 
-Message = Request | Go | Sent | Answer | Failure | Bye
+Message = Request | Go | Sent | Answer | Failure | Down | Noted | Up | Bye
 
-_KINDS: Mapping[str, type[Message]] = {kind.__name__: kind for kind in (Request, Go, Sent, Answer, Failure, Bye)}
+_KINDS: Mapping[str, type[Message]] = {kind.__name__: kind for kind in get_args(Message)}
 
 
 def encode(message: Message) -> bytes:

@@ -32,6 +32,8 @@ Kind = Literal[
     "published",
     "differs",
     "resumed",
+    "teacher_lost",
+    "teacher_back",
     "run_ended",
 ]
 

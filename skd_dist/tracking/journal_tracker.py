@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import Any, Protocol
 
 from skd_dist.tracking.journal import Event, Journal, Kind, number
-from skd_dist.tracking.protocol import DatasetNote, Published
+from skd_dist.tracking.protocol import DatasetNote, Published, TeacherEvent
 
 TIMING = "perf/"
 """Metrics that measure the machine: not compared."""
@@ -109,6 +109,9 @@ class JournalTracker:
     def log_resumed(self, *, stage: str, step: int, rel_tol: float) -> None:
         self._rel_tol = rel_tol
         self._record("resumed", stage=stage, step=step)
+
+    def log_teacher(self, what: TeacherEvent, data: Mapping[str, object]) -> None:
+        self._record(what, **data)
 
     def summary(self) -> dict[str, object]:
         """The `mlflow` part of summary.json; waits a few seconds for the replica."""

@@ -127,6 +127,10 @@ class MlflowWriter:
                 write_tags(self._client, self._parent.run_id, tags)
             case "differs":
                 write_tags(self._client, self._parent.run_id, {"skd.not_bit_exact": f"{data['stage']} {data['step']}"})
+            case "teacher_lost":
+                write_tags(
+                    self._client, self._parent.run_id, {"skd.teacher_lost": f"rank {data['rank']}: {data['how']}"}
+                )
             case "run_ended":
                 self._stop_system_metrics()
                 self._stop_system_metrics = _nothing

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from skd_dist.tracking.protocol import DatasetNote, Published
+from skd_dist.tracking.protocol import DatasetNote, Published, TeacherEvent
 
 
 class NullTracker:
@@ -27,6 +27,8 @@ class NullTracker:
     def log_published(self, what: Published, *, stage: str, step: int) -> None: ...
 
     def log_resumed(self, *, stage: str, step: int, rel_tol: float) -> None: ...
+
+    def log_teacher(self, what: TeacherEvent, data: Mapping[str, object]) -> None: ...
 
     def summary(self) -> dict[str, object]:
         return {"tracking_uri": None, "parent_run_id": None, "child_run_ids": {}}

@@ -15,6 +15,8 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 Published = Literal["resume_point", "stage_result"]
 
+TeacherEvent = Literal["teacher_lost", "teacher_back"]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DatasetNote:
@@ -56,6 +58,10 @@ class RunTracker(Tracker, Protocol):
     def log_resumed(self, *, stage: str, step: int, rel_tol: float) -> None:
         """This attempt goes on after `step` steps of a stage. Values that are computed again may be off by `rel_tol`:
         0 where the run must be bit-exact."""
+        ...
+
+    def log_teacher(self, what: TeacherEvent, data: Mapping[str, object]) -> None:
+        """A teacher rank has lost its model, or has it again. From any thread."""
         ...
 
     def summary(self) -> dict[str, object]:

@@ -7,14 +7,18 @@ import torch
 from torch import Tensor
 
 from skd_dist.contracts import Batch
+from skd_dist.errors import NoTeacherError
 from skd_dist.link.ask_ahead import AskAhead
 
 
 class Recorder:
     """Answers with the request's own images, and writes down the order of calls."""
 
-    def __init__(self) -> None:
+    can_be_lost = True
+
+    def __init__(self, *, lost_at: int | None = None) -> None:
         self.calls: list[tuple[str, int]] = []
+        self._lost_at = lost_at
         self._images: dict[int, Tensor] = {}
 
     def submit(self, request_id: int, images: Tensor, outputs: Sequence[str]) -> None:
@@ -23,6 +27,8 @@ class Recorder:
 
     def take(self, request_id: int) -> Mapping[str, Tensor]:
         self.calls.append(("take", request_id))
+        if request_id == self._lost_at:
+            raise NoTeacherError("no teacher is left")
         return {"stem": self._images.pop(request_id)}
 
     def stats(self) -> Mapping[str, float]:
@@ -45,7 +51,7 @@ def test_every_batch_meets_its_own_answer_in_order(depth: int, count: int) -> No
     link = Recorder()
     found = [
         (batch.keys[0], int(answer["stem"][0, 0]))
-        for batch, answer in AskAhead(link, depth=depth).stream(batches(count), ("stem",))
+        for batch, answer in AskAhead(link, depth=depth).answers(batches(count), ("stem",))
     ]
     assert found == [(str(number), number) for number in range(count)]
     assert len(link.calls) == 2 * count
@@ -63,6 +69,23 @@ def test_a_stage_without_outputs_leaves_the_teacher_alone() -> None:
     found = list(AskAhead(link, depth=2).stream(batches(3), ()))
     assert [answer for _, answer in found] == [{}, {}, {}] and not link.calls
     assert len(list(AskAhead(None, depth=2).stream(batches(3), ()))) == 3
+
+
+def test_without_a_teacher_the_batches_go_on_and_nobody_is_asked_any_more() -> None:
+    link = Recorder(lost_at=1)
+    ask = AskAhead(link, depth=1)
+    found = [(batch.keys[0], answer is None) for batch, answer in ask.stream(batches(4), ("stem",))]
+    assert found == [("0", False), ("1", True), ("2", True), ("3", True)]
+    names = [f"{call}{number}" for call, number in link.calls]
+    assert names == ["submit0", "submit1", "take0", "submit2", "take1"]
+    assert ask.no_teacher is not None and ask.no_teacher.line == "no teacher is left"
+
+
+def test_who_has_nothing_to_lose_is_told_at_once() -> None:
+    stream = AskAhead(Recorder(lost_at=1), depth=0).answers(batches(4), ("stem",))
+    assert next(stream)[0].keys == ("0",)
+    with pytest.raises(NoTeacherError, match="no teacher is left"):
+        next(stream)
 
 
 def test_numbers_go_on_through_all_streams_of_a_run() -> None:

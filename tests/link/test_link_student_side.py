@@ -169,7 +169,9 @@ def tell(what, **values):
 
 def run_as_student(job, transport):
     rank = job.world.rank
-    link = RemoteLink(job, run_key=transport, timeout=TIMEOUT, make_transport=TRANSPORTS[transport])
+    link = RemoteLink(
+        job, run_key=transport, timeout=TIMEOUT, teacher_timeout_s=60, make_transport=TRANSPORTS[transport]
+    )
     remote = run_ahead(link, batches(rank))
     stats = link.stats()
     assert set(link.stats().values()) == {0.0}
@@ -220,7 +222,7 @@ def serve_until_error(job, teacher):
 
 
 def ask_until_error(job):
-    link = RemoteLink(job, run_key="last", timeout=TIMEOUT)
+    link = RemoteLink(job, run_key="last", timeout=TIMEOUT, teacher_timeout_s=60)
     try:
         run_ahead(link, batches(job.world.rank))
     except UserError as error:
@@ -248,7 +250,7 @@ def two_teachers(directory):
     """At last student 1 vanishes with a request under way; student 0 and its own teacher are not concerned."""
     job = join(4, (2, 3))
     if job.role == "student":
-        link = RemoteLink(job, run_key="last", timeout=TIMEOUT)
+        link = RemoteLink(job, run_key="last", timeout=TIMEOUT, teacher_timeout_s=60)
         link.submit(0, batches(0)[0], ("map",))
         if job.world.rank == 1:
             os._exit(7)
@@ -263,7 +265,7 @@ def wait_for_each_other(job):
     if job.role == "teacher":
         serve(job, Teacher(), run_key="blocked", timeout=TIMEOUT, make_transport=TRANSPORTS["asked"])
         return
-    link = RemoteLink(job, run_key="blocked", timeout=TIMEOUT, make_transport=TRANSPORTS["asked"])
+    link = RemoteLink(job, run_key="blocked", timeout=TIMEOUT, teacher_timeout_s=60, make_transport=TRANSPORTS["asked"])
     rank = job.world.rank
     if rank == 1:
         assert wait_for_keys(job.store, ["blocked/0"], timeout=TIMEOUT)

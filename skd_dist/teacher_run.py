@@ -1,0 +1,135 @@
+"""A run as a teacher rank lives it: hold the teacher that all hold, and answer the students until they say goodbye.
+
+On a teacher rank the model lives in a process of its own (`teacher_process`), whose loss the run survives; in a launch
+without teacher ranks it lives in every student's process.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from skd_dist.config import RunConfig
+from skd_dist.contracts import TeacherLink
+from skd_dist.errors import UserError
+from skd_dist.job.consensus import gather_text, print_error
+from skd_dist.job.notices import post_notice
+from skd_dist.job.rendezvous import Job
+from skd_dist.link.inline import InlineLink
+from skd_dist.link.student_side import RemoteLink
+from skd_dist.link.teacher_side import Event, cannot_be_lost, serve
+from skd_dist.prepare import Prepared
+from skd_dist.roles import Role
+from skd_dist.run_setup import agreed, device_of
+from skd_dist.teacher import Load, Teacher, build_teacher
+from skd_dist.teacher_process import TeacherProcess
+
+LINK_TIMEOUT = timedelta(seconds=120)
+"""How long a peer on the link may give no sign of life, or one payload may take (guess)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TeacherNote:
+    """What every rank knows of the teacher."""
+
+    digest: str
+    dtype: str
+
+
+def load_teacher(
+    job: Job, prepared: Prepared, key: str, worker: TeacherProcess | None
+) -> tuple[Teacher | None, TeacherNote | None]:
+    """The teacher on the ranks that hold one, and what all know of it.
+
+    The first rank of each node loads before the others, so that a download happens once per node.
+    """
+    roles, world = job.roles, job.world
+    holders = roles.teacher_ranks or roles.student_ranks
+    teacher: Teacher | None = None
+    if not prepared.plan.needs_teacher:
+        return None, None
+    node = world.rank // world.ranks_per_node
+    first_of_node = next((rank for rank in holders if rank // world.ranks_per_node == node), None)
+    for turn, mine in (
+        ("first", world.rank == first_of_node),
+        ("rest", world.rank in holders and world.rank != first_of_node),
+    ):
+        with agreed(job, f"{key}/teacher-{turn}"):
+            if mine:
+                teacher = _build_teacher(prepared, device_of(job), worker)
+    digests = gather_text(job, f"{key}/teacher-digest", teacher.weights_digest if teacher else "")
+    dtypes = gather_text(job, f"{key}/teacher-dtype", teacher.dtype_name if teacher else "")
+    with agreed(job, f"{key}/teacher-same"):
+        known = {rank: digest for rank, digest in enumerate(digests) if digest}
+        for rank, digest in known.items():
+            if digest != known[holders[0]]:
+                raise UserError(
+                    f"rank {rank} holds another teacher than rank {holders[0]}",
+                    got=digest[:12],
+                    expected=known[holders[0]][:12],
+                    do="give all nodes the same --teacher-checkpoint",
+                )
+            elif dtypes[rank] != dtypes[holders[0]]:
+                raise UserError(
+                    f"rank {rank} runs the teacher in another dtype than rank {holders[0]}",
+                    got=dtypes[rank],
+                    expected=dtypes[holders[0]],
+                    do="give --teacher-dtype",
+                )
+    return teacher, TeacherNote(digest=digests[holders[0]], dtype=dtypes[holders[0]])
+
+
+def _build_teacher(prepared: Prepared, device: torch.device, worker: TeacherProcess | None) -> Teacher:
+    config, cut = prepared.config, prepared.models.teacher
+    assert cut is not None, "a plan that needs a teacher passed check_plan"
+    order = Load(
+        cut=cut,
+        checkpoint=config.teacher_checkpoint,
+        allow_untrained=config.allow_untrained_teacher,
+        seed=config.seed,
+        dtype=config.teacher_dtype,
+        device=str(device),
+        num_threads=torch.get_num_threads(),
+    )
+    if worker is None:
+        return build_teacher(order)
+    worker.load(order)
+    return worker
+
+
+def start_worker(configs: Sequence[RunConfig], *, role: Role) -> TeacherProcess | None:
+    """The process that will hold the teachers of this rank: None where it holds none, or the student's own does."""
+    with_teacher = [config for config in configs if config.teacher is not None]
+    if role != "teacher" or not with_teacher:
+        return None
+    return TeacherProcess(timeout_s=max(config.teacher_timeout_s for config in with_teacher))
+
+
+def answer_of(teacher: Teacher | None) -> Callable[..., Any]:
+    if teacher is not None:
+        return teacher.answer
+
+    def refuse(images: object, outputs: object) -> Any:
+        raise AssertionError(f"a run without a teacher asked for {outputs}")
+
+    return refuse
+
+
+def serve_teacher(job: Job, teacher: Teacher | None, key: str) -> None:
+    """Answer the students of a run; losses of the model are told to rank 0 and in one line here."""
+
+    def tell(what: Event, data: Mapping[str, Any]) -> None:
+        post_notice(job.store, "teacher_lost" if what == "lost" else "teacher_back", {"rank": job.world.rank, **data})
+        words = data["how"] if what == "lost" else f"has its model again after {data['down_s']:.1f} s"
+        print_error(f"teacher rank {job.world.rank}: {words}")
+
+    revive = teacher.revive if isinstance(teacher, TeacherProcess) else cannot_be_lost
+    serve(job, answer_of(teacher), run_key=key, timeout=LINK_TIMEOUT, revive=revive, on_event=tell)
+
+
+def make_link(job: Job, teacher: Teacher | None, key: str, *, teacher_timeout_s: float) -> TeacherLink | None:
+    if job.roles.teacher_ranks:
+        return RemoteLink(job, run_key=key, timeout=LINK_TIMEOUT, teacher_timeout_s=teacher_timeout_s)
+    return InlineLink(teacher.answer) if teacher is not None else None
