@@ -22,6 +22,7 @@ from torch import Tensor
 from skd_dist.contracts import Engine
 from skd_dist.duration import Interval
 from skd_dist.job.blackboard import Blackboard
+from skd_dist.meters import any_student
 from skd_dist.progress import StageProgress
 from skd_dist.rank_state import capture_rank_state, restore_rank_state
 from skd_dist.resume_point import (
@@ -87,6 +88,7 @@ class Checkpointer:
         self._on_saved = on_saved
         self._notify = notify
         self._last_s = time.monotonic()
+        self._saved_step: int | None = None
         self.chosen: Mapping[str, Tensor] | None = None
         """Weights that a stage would hand on now, if they are not its last."""
         self.chosen_values: Mapping[str, float] = {}
@@ -99,9 +101,18 @@ class Checkpointer:
     def act(self, progress: StageProgress, *, save: bool, stop: bool) -> None:
         due = self._interval.steps is not None and progress.step % self._interval.steps == 0
         if save or stop or due:
-            saved = self.save(progress)
+            saved = progress.step == self._saved_step or self.save(progress)
             if stop:
                 raise Preempted(f"stopped after step {progress.step}" + ("" if saved else ", which could not be saved"))
+
+    def stop_if_asked(self, progress: StageProgress) -> None:
+        """Stop where training stands, if any student has been asked to. Collective; for a validation, between batches.
+
+        Raises:
+            Preempted: on all students, with a resume point. The validation will be done again, on the same weights.
+        """
+        if any_student(self._stop_asked()):
+            self.act(progress, save=False, stop=True)
 
     def share(self, text: str) -> list[str]:
         return self._board.gather("share", text)
@@ -125,6 +136,7 @@ class Checkpointer:
                 give_up(self._root, step)
             self._notify(f"no resume point after step {step}: student {rank}: {failed[rank]}; older ones are kept")
         else:
+            self._saved_step = step
             self._on_saved(step, time.monotonic() - started)
         return not failed
 
@@ -133,6 +145,7 @@ class Checkpointer:
         self._engine.restore(point / ENGINE)
         tensors = load_file(point / rank_file(self._board.rank))
         restore_rank_state(tensors, self._engine.module, self._device)
+        self._saved_step = manifest["step"]
         if BEST in manifest["files"]:
             self.chosen, self.chosen_values = load_file(point / BEST), manifest["chosen_values"]
         return StageProgress.from_tensors(

@@ -7,6 +7,7 @@ it makes no difference whether the stage before it ran in this process or in an 
 """
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from skd_dist.contracts import Batch
 from skd_dist.data.images import ImageTransform
 from skd_dist.data.loader import ShardDataset, eval_batches, train_batches
 from skd_dist.engines import make_engine
-from skd_dist.evaluate import evaluate_stage
+from skd_dist.evaluate import AfterBatch, evaluate_stage
 from skd_dist.models.create import weights_digest
 from skd_dist.plan import StageSpec
 from skd_dist.progress import StageProgress
@@ -52,6 +53,7 @@ def train_stage(side: StudentSide, stage: StageSpec, state: State) -> tuple[Stat
     checkpointer = make_checkpointer(side, stage, engine, state)
     progress = begin(side, stage, checkpointer)
     chosen, chosen_values = checkpointer.chosen, checkpointer.chosen_values
+    stop_if_asked = partial(checkpointer.stop_if_asked, progress)
     for until in _stops(stage, best=config.stage_weights == "best"):
         if until < progress.step:
             continue
@@ -70,8 +72,9 @@ def train_stage(side: StudentSide, stage: StageSpec, state: State) -> tuple[Stat
             on_report=lambda step, values: _report(side, stage, step, values),
             interruptions=checkpointer,
         )
+        stop_if_asked()
         now = engine.full_state()
-        now_values = validate(side, stage, now)
+        now_values = validate(side, stage, now, after_batch=stop_if_asked)
         _report(side, stage, until, now_values)
         if chosen is None or config.stage_weights == "last" or now_values["val/loss"] < chosen_values["val/loss"]:
             chosen, chosen_values = now, now_values
@@ -101,7 +104,7 @@ def stage_module(side: StudentSide, stage: StageSpec, state: Mapping[str, Tensor
     )
 
 
-def validate(side: StudentSide, stage: StageSpec, module_state: State) -> dict[str, float]:
+def validate(side: StudentSide, stage: StageSpec, module_state: State, *, after_batch: AfterBatch) -> dict[str, float]:
     """The stage's objective on the validation split, with a plain copy of the module."""
     copy = stage_module(side, stage, student_part(module_state))
     copy.load_state_dict(module_state, strict=True)
@@ -112,6 +115,7 @@ def validate(side: StudentSide, stage: StageSpec, module_state: State) -> dict[s
         batches=split_batches(side, "val"),
         ask=side.ask,
         device=side.device,
+        after_batch=after_batch,
     )
 
 

@@ -4,11 +4,14 @@ Every student walks through here in step; rank 0 alone writes the run's files.
 """
 
 import math
+from functools import partial
 from typing import Any
 
 from skd_dist.checkpoint import read_manifest, read_stage_result, write_tensors
+from skd_dist.checkpointer import Preempted
 from skd_dist.errors import UserError
 from skd_dist.evaluate import evaluate_logits
+from skd_dist.meters import any_student
 from skd_dist.models.create import create_model, load_weights, weights_digest
 from skd_dist.models.cut import run_cut
 from skd_dist.plan import LOGITS
@@ -55,6 +58,7 @@ def measure_teacher(side: StudentSide) -> float | None:
         lambda _, answer: answer[LOGITS].float().to(side.device),
         stream=side.ask.stream(batches, (LOGITS,)),
         device=side.device,
+        after_batch=partial(leave_if_asked, side, "the teacher was measured"),
     )["top1_frac"]
     count = min(TEACHER_SAMPLE, side.prepared.splits.val.num_samples)
     chance = 1 / config.num_classes
@@ -122,7 +126,18 @@ def measure_student(side: StudentSide, state: State, split: str) -> dict[str, fl
         lambda batch, _: run_cut(cut, model, batch.images, taps=[], logits=True)[LOGITS],
         stream=stream,
         device=side.device,
+        after_batch=partial(leave_if_asked, side, f"the student was measured on {split}"),
     )
+
+
+def leave_if_asked(side: StudentSide, while_what: str) -> None:
+    """Stop between two batches outside the stages, if any student has been asked to. Collective.
+
+    Raises:
+        Preempted: on all students. What was published stands; nothing else has been computed.
+    """
+    if any_student(side.stop_asked()):
+        raise Preempted(f"stopped while {while_what}")
 
 
 def write_student(side: StudentSide, state: State) -> None:

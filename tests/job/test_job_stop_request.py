@@ -20,6 +20,7 @@ from skd_dist.job.membership import Job
 from skd_dist.job.pulse import Pulse, StallWatch
 from skd_dist.job.rendezvous import join_job
 from skd_dist.job.stop_request import EXIT_STOPPED, StopRequest, launchers_above
+from skd_dist.meters import any_student
 from skd_dist.roles import RoleMap
 
 TOO_LATE = 99
@@ -40,6 +41,7 @@ def stop_together(directory: Path) -> None:
         os.kill(os.getpid(), signal.SIGUSR1)
     while not stop.asked:
         time.sleep(0.01)
+    assert any_student(job.world.rank == 1) and not any_student(False)
     watch.post_failure("stopped after step 3", exit_code=EXIT_STOPPED)
 
 
