@@ -12,21 +12,34 @@ from pathlib import Path
 from typing import Any
 
 from skd_dist import __version__
-from skd_dist.checkpoint import write_json
+from skd_dist.checkpoint import file_sha256, write_json
 from skd_dist.errors import UserError
+from skd_dist.models.create import PRETRAINED
 from skd_dist.prepare import Prepared
 
 
-def identity_of(prepared: Prepared, *, teacher_digest: str | None) -> dict[str, Any]:
-    """What may not change when a run is continued."""
+def identity_of(prepared: Prepared, *, teacher_digest: str | None, arithmetic: Mapping[str, Any]) -> dict[str, Any]:
+    """What may not change when a run is continued.
+
+    Args:
+        teacher_digest: of its weights.
+        arithmetic: of the engine (`EngineSpec.arithmetic`).
+
+    Raises:
+        UserError: the student's initial checkpoint is not there.
+    """
     config = prepared.config
     return {
         "method": config.method,
         "student": config.student,
         "teacher": config.teacher,
         "teacher_digest": teacher_digest,
+        "teacher_dtype": config.teacher_dtype,
+        "student_checkpoint": _content_of(config.student_checkpoint),
         "data_digest": prepared.splits.digest,
+        "val_digest": prepared.splits.val_digest,
         "plan_digest": prepared.plan.digest(),
+        "augment": config.augment,
         "fraction": config.fraction,
         "seed": config.seed,
         "image_size": config.image_size,
@@ -34,10 +47,20 @@ def identity_of(prepared: Prepared, *, teacher_digest: str | None) -> dict[str, 
         "global_batch_size": config.global_batch_size,
         "stage_weights": config.stage_weights,
         "frozen_batchnorm": config.frozen_batchnorm,
+        **arithmetic,
     }
 
 
-def open_run_directory(prepared: Prepared, *, teacher_digest: str | None) -> str:
+def _content_of(checkpoint: str | None) -> str | None:
+    """What stays the same when a file is moved; timm's own weights are named by their word."""
+    if checkpoint is None or checkpoint == PRETRAINED:
+        return checkpoint
+    if not Path(checkpoint).is_file():
+        raise UserError("initial checkpoint not found", got=checkpoint, expected=f"a file, or {PRETRAINED}")
+    return file_sha256(Path(checkpoint))
+
+
+def open_run_directory(prepared: Prepared, *, teacher_digest: str | None, arithmetic: Mapping[str, Any]) -> str:
     """Claim the run directory, or find that it is this run's.
 
     Returns:
@@ -45,11 +68,11 @@ def open_run_directory(prepared: Prepared, *, teacher_digest: str | None) -> str
 
     Raises:
         UserError: it holds a run and --resume was not given, it holds another run (the fields that differ are named),
-            or --resume was given and it holds none.
+            --resume was given and it holds none, or the student's initial checkpoint is not there.
     """
     config = prepared.config
     path = config.run_dir / "config.json"
-    identity = identity_of(prepared, teacher_digest=teacher_digest)
+    identity = identity_of(prepared, teacher_digest=teacher_digest, arithmetic=arithmetic)
     if not path.exists():
         if config.resume and not config.resume_or_start:
             raise UserError(f"--resume: no run in {config.run_dir}", do="start it without --resume")

@@ -142,7 +142,9 @@ def open_record(job: Job, prepared: Prepared, digest: str | None, key: str) -> t
     found: str | None = None
     with agreed(job, f"{key}/record"):
         if job.world.rank == 0:
-            run_key = open_run_directory(prepared, teacher_digest=digest)
+            run_key = open_run_directory(
+                prepared, teacher_digest=digest, arithmetic=engine_spec_of(prepared.config).arithmetic()
+            )
             num_done = count_done(prepared)
             point = choose_point(prepared, num_done)
             found = json.dumps([run_key, num_done, point.name if point else None])

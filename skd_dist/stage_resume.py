@@ -66,6 +66,7 @@ def begin(side: StudentSide, stage: StageSpec, checkpointer: Checkpointer) -> St
         seed_process(derive_seed("process", side.prepared.config.seed, stage.index, side.student_rank))
         return StageProgress()
     check_belongs(found.manifest, checkpointer.record, what=f"resume point {found.path}")
+    checkpointer.check_frozen(found.path)
     notes = differences_in_machine(found.manifest, checkpointer.record)
     for note in notes:
         side.display.notice(f"not bit for bit: {note}")
