@@ -7,15 +7,18 @@ or student may not continue in it. Success is `summary.json` with status `finish
 import dataclasses
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from skd_dist import __version__
 from skd_dist.checkpoint import file_sha256, write_json
+from skd_dist.config import RunConfig
 from skd_dist.errors import UserError
 from skd_dist.models.create import PRETRAINED
 from skd_dist.prepare import Prepared
+
+CONFIG = "config.json"
 
 
 def identity_of(prepared: Prepared, *, teacher_digest: str | None, arithmetic: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,6 +63,15 @@ def _content_of(checkpoint: str | None) -> str | None:
     return file_sha256(Path(checkpoint))
 
 
+def resume_those_begun(configs: Sequence[RunConfig]) -> list[RunConfig]:
+    """What --resume means for the runs of one launch: those begun go on, the others start; if none has, it is an error."""
+    begun = [(config.run_dir / CONFIG).exists() for config in configs]
+    return [
+        config if is_begun or not config.resume or not any(begun) else dataclasses.replace(config, resume_or_start=True)
+        for config, is_begun in zip(configs, begun, strict=True)
+    ]
+
+
 def open_run_directory(prepared: Prepared, *, teacher_digest: str | None, arithmetic: Mapping[str, Any]) -> str:
     """Claim the run directory, or find that it is this run's.
 
@@ -71,7 +83,7 @@ def open_run_directory(prepared: Prepared, *, teacher_digest: str | None, arithm
             --resume was given and it holds none, or the student's initial checkpoint is not there.
     """
     config = prepared.config
-    path = config.run_dir / "config.json"
+    path = config.run_dir / CONFIG
     identity = identity_of(prepared, teacher_digest=teacher_digest, arithmetic=arithmetic)
     if not path.exists():
         if config.resume and not config.resume_or_start:

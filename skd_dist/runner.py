@@ -26,7 +26,7 @@ from skd_dist.link.teacher_side import serve
 from skd_dist.prepare import Prepared
 from skd_dist.roles import RoleMap, World, make_role_map, resolve_teacher_ranks
 from skd_dist.run_lock import take_lock
-from skd_dist.run_record import write_summary
+from skd_dist.run_record import resume_those_begun, write_summary
 from skd_dist.run_setup import (
     JOB_TIMEOUT,
     LINK_TIMEOUT,
@@ -107,7 +107,7 @@ def run_all(configs: Sequence[RunConfig], *, world: World) -> int:
     summaries: list[dict[str, Any]] = []
     exit_code = 0
     try:
-        for number, config in enumerate(configs):
+        for number, config in enumerate(resume_those_begun(configs)):
             summaries += run_once(config, job, key=f"{number}-{config.name}", guards=guards)
         if job.world.rank == 0:
             _show(summaries)

@@ -12,7 +12,7 @@ from skd_dist.config import MAY_CHANGE_ON_RESUME, RunConfig
 from skd_dist.engines import EngineSpec
 from skd_dist.errors import UserError
 from skd_dist.prepare import prepare_run, unpack_embedded_data
-from skd_dist.run_record import open_run_directory, write_failure, write_summary
+from skd_dist.run_record import open_run_directory, resume_those_begun, write_failure, write_summary
 
 CHANGES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "train_shards": ("digits:test", ("data_digest", "plan_digest")),
@@ -135,6 +135,21 @@ def test_an_initial_checkpoint_is_known_by_its_content(tmp_path: Path) -> None:
         open_as(dataclasses.replace(again, student_checkpoint=str(tmp_path / "c.pt")))
     with pytest.raises(UserError, match=r"initial checkpoint not found; got .*/d\.pt; expected a file, or pretrained$"):
         open_as(dataclasses.replace(again, student_checkpoint=str(tmp_path / "d.pt")))
+
+
+def test_resume_of_several_runs_starts_those_not_begun_unless_none_has(tmp_path: Path) -> None:
+    runs = [
+        dataclasses.replace(config(tmp_path), run_dir=tmp_path / name, resume=name != "new", name=name)
+        for name in ("done", "missing", "new")
+    ]
+    assert resume_those_begun(runs) == runs
+    with pytest.raises(UserError, match=r"^--resume: no run in .*/missing; start it without --resume$"):
+        open_as(resume_those_begun(runs)[1])
+    open_as(dataclasses.replace(runs[0], resume=False))
+    done, missing, new = resume_those_begun(runs)
+    assert (done, new) == (runs[0], runs[2]) and missing == dataclasses.replace(runs[1], resume_or_start=True)
+    open_as(missing)
+    assert resume_those_begun(runs) == runs
 
 
 @pytest.mark.parametrize("before", [None, {"status": "failed", "error": "older"}])
