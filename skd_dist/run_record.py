@@ -64,7 +64,7 @@ def _content_of(checkpoint: str | None) -> str | None:
 
 
 def resume_those_begun(configs: Sequence[RunConfig]) -> list[RunConfig]:
-    """What --resume means for the runs of one launch: those begun go on, the others start; if none has, it is an error."""
+    """--resume for the runs of one launch: those begun go on, the others start; if none has begun, it is an error."""
     begun = [(config.run_dir / CONFIG).exists() for config in configs]
     return [
         config if is_begun or not config.resume or not any(begun) else dataclasses.replace(config, resume_or_start=True)

@@ -5,6 +5,7 @@ Ranks agree at named points (`agreed`): an error that only one of them knows end
 code 2. Between those points a teacher rank serves and the students train (`student_run.py`).
 """
 
+import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from skd_dist.job.consensus import JobEnded, agree, check_shared_directory, prin
 from skd_dist.job.failure import FailureWatch
 from skd_dist.job.pulse import Pulse, StallWatch
 from skd_dist.job.rendezvous import Job, join_job, leave_job
-from skd_dist.job.stop_request import EXIT_STOPPED, StopRequest
+from skd_dist.job.stop_request import EXIT_STOPPED, StopRequest, ending_with, launchers_above
 from skd_dist.link.ask_ahead import AskAhead
 from skd_dist.link.teacher_side import serve
 from skd_dist.prepare import Prepared
@@ -80,21 +81,24 @@ def run_all(configs: Sequence[RunConfig], *, world: World) -> int:
     Returns:
         The exit code: 0 when all finished, 2 after an error that the user can mend.
     """
+    launchers = launchers_above(os.getpid())
     try:
-        job = join_job(
-            world,
-            roles_of(configs[0], world),
-            network_interface=configs[0].network_interface,
-            device_kind=device_kind(),
-            timeout=JOB_TIMEOUT,
-        )
+        with ending_with(launchers, speaks=world.local_rank == 0):
+            job = join_job(
+                world,
+                roles_of(configs[0], world),
+                network_interface=configs[0].network_interface,
+                device_kind=device_kind(),
+                timeout=JOB_TIMEOUT,
+            )
     except JobEnded as ended:
         return ended.exit_code
     except UserError as error:
         print_error(error.line)  # nobody can be asked who else knows: this rank did not reach the others
         return EXIT_USER_ERROR
     emergency, pulse = Emergency(), Pulse()
-    stop = StopRequest(grace_s=max(config.grace for config in configs), too_late=emergency.leave)
+    grace_s = max(config.grace for config in configs)
+    stop = StopRequest(grace_s=grace_s, too_late=emergency.leave, launchers=launchers)
     guards = Guards(emergency=emergency, stop=stop, pulse=pulse)
     watch = FailureWatch(job, on_failure=emergency.fail, stop=stop)
     StallWatch(

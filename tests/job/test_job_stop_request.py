@@ -1,9 +1,11 @@
 """Real processes: who is asked to stop tells the others; who is stuck, or too late, is ended."""
 
+import ctypes
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -23,7 +25,7 @@ from skd_dist.job.stop_request import EXIT_STOPPED, StopRequest, launchers_above
 from skd_dist.meters import any_student
 from skd_dist.roles import RoleMap
 
-TOO_LATE = 99
+TOO_LATE, HEARD = 99, 42
 
 
 def join(world_size: int) -> Job:
@@ -43,6 +45,49 @@ def stop_together(directory: Path) -> None:
         time.sleep(0.01)
     assert any_student(job.world.rank == 1) and not any_student(False)
     watch.post_failure("stopped after step 3", exit_code=EXIT_STOPPED)
+
+
+def lose_the_launcher(directory: Path) -> None:
+    """It stays a zombie: nobody asks for its exit code."""
+    with subprocess.Popen(["sleep", "60"]) as launcher:
+        stop = StopRequest(grace_s=60, too_late=lambda: None, launchers=[psutil.Process(launcher.pid)])
+        store = dist.HashStore()
+        stop.exchange(store)
+        assert not stop.asked
+        launcher.kill()
+        while not stop.asked:
+            stop.exchange(store)
+            time.sleep(0.01)
+        assert store.check(["stop"])
+
+
+def be_signalled_in_a_library(directory: Path) -> None:
+    """The main thread waits for a lock in C, which no signal ends, as in a collective."""
+    stop = StopRequest(grace_s=60, too_late=lambda: None)
+
+    def hear() -> None:
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGTERM)
+        deadline = time.monotonic() + 20
+        while not stop.asked and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os._exit(HEARD if stop.asked else 1)
+
+    threading.Thread(target=hear).start()
+    libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+    for _ in range(2):
+        libc.pthread_mutex_lock(mutex)
+
+
+def be_deaf_to_signals(directory: Path) -> None:
+    num_before = threading.active_count()
+    stop = StopRequest(grace_s=60, too_late=lambda: None)
+    stop.ignore_signals()
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        os.kill(os.getpid(), number)
+    while threading.active_count() > num_before:
+        time.sleep(0.01)
+    assert not stop.asked and signal.set_wakeup_fd(-1) == -1
 
 
 def save_for_too_long(directory: Path) -> None:
@@ -86,7 +131,17 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def worlds(directory: Path):
     return launch_worlds(
-        __file__, {"stop_together": 2, "save_for_too_long": 1, "get_stuck": 2, "lose_the_store": 2}, directory
+        __file__,
+        {
+            "stop_together": 2,
+            "lose_the_launcher": 1,
+            "be_signalled_in_a_library": 1,
+            "be_deaf_to_signals": 1,
+            "save_for_too_long": 1,
+            "get_stuck": 2,
+            "lose_the_store": 2,
+        },
+        directory,
     )
 
 
@@ -94,6 +149,18 @@ def test_a_signal_to_one_stops_all_with_one_line(worlds) -> None:
     results = worlds["stop_together"]
     assert [result.code for result in results] == [EXIT_STOPPED] * 2, results
     assert "".join(result.stderr for result in results) == "skd_dist: stopped after step 3\n"
+
+
+def test_a_launcher_that_is_lost_is_a_wish_to_stop(worlds) -> None:
+    assert [result.code for result in worlds["lose_the_launcher"]] == [0], worlds["lose_the_launcher"]
+
+
+def test_a_signal_is_heard_while_the_main_thread_runs_no_python(worlds) -> None:
+    assert [result.code for result in worlds["be_signalled_in_a_library"]] == [HEARD]
+
+
+def test_when_the_end_is_agreed_signals_change_nothing(worlds) -> None:
+    assert [result.code for result in worlds["be_deaf_to_signals"]] == [0], worlds["be_deaf_to_signals"]
 
 
 def test_who_does_not_make_it_within_the_grace_is_ended(worlds) -> None:
@@ -125,6 +192,26 @@ def test_no_progress_is_expected_before_the_first_and_after_the_last() -> None:
     assert pulse.age_s() >= 0.0
     pulse.rest()
     assert pulse.age_s() == 0.0
+
+
+def test_a_launcher_that_dies_while_the_ranks_meet_ends_them() -> None:
+    rank = """
+import os, time
+from skd_dist.job.stop_request import ending_with, launchers_above
+with ending_with([], speaks=True):
+    time.sleep(1.5)
+with ending_with(launchers_above(os.getpid()), speaks=True):
+    print("meeting", flush=True)
+    time.sleep(100)
+"""
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {rank!r}])"
+    command = [sys.executable, "-c", code, "-m", "deepspeed.launcher.launch"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout is not None and launcher.stderr is not None
+        assert launcher.stdout.readline() == "meeting\n"
+        launcher.kill()
+        # Both ends close when the rank is gone.
+        assert launcher.stderr.read() == "skd_dist: the launcher of this job is gone; no run has begun\n"
 
 
 @pytest.mark.parametrize(
