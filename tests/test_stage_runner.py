@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import multiprocessing
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -33,6 +34,10 @@ CPU = torch.device("cpu")
 NUM_STEPS, NUM_VAL_BATCHES = 3, 8
 CALLS_PER_STEP = 1 + 1 + NUM_VAL_BATCHES
 """How often a student is asked whether it was asked to stop: with the loss, before a validation, after its batches."""
+
+
+# torch warns where there are fewer cores than workers; the tests do not care about speed.
+few_cores = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
 
 class NoReplica:
@@ -166,6 +171,22 @@ def test_a_validation_leaves_the_random_state_alone(prepared: Prepared, tmp_path
         states.append({name: value for name, value in load_file(point).items() if name.startswith("rng/")})
     assert len(states[0]) == 5
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+@few_cores
+@pytest.mark.parametrize("call", [1, 4])
+def test_who_stops_leaves_no_loader_worker(prepared: Prepared, tmp_path: Path, call: int) -> None:
+    """In training, and in a validation; what made them stop holds all that was at work."""
+    config = dataclasses.replace(prepared.config, num_workers=2)
+    side = student(dataclasses.replace(prepared, config=config), tmp_path, at_call(call))
+    with pytest.raises(Preempted) as caught:
+        train_first_stage(side)
+    assert multiprocessing.active_children() == [] and caught.value.__traceback__ is not None
+    with pytest.raises(Preempted):
+        measure_teacher(dataclasses.replace(side, stop_asked=at_call(1)))
+    with pytest.raises(Preempted):
+        measure_student(dataclasses.replace(side, stop_asked=at_call(1)), initial_state(side), "val")
+    assert multiprocessing.active_children() == []
 
 
 @pytest.mark.parametrize("call", [1, 4])
