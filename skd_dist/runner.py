@@ -98,7 +98,7 @@ def run_all(configs: Sequence[RunConfig], *, world: World) -> int:
         return EXIT_USER_ERROR
     emergency, pulse = Emergency(), Pulse()
     grace_s = max(config.grace for config in configs)
-    stop = StopRequest(grace_s=grace_s, too_late=emergency.leave, launchers=launchers)
+    stop = StopRequest(grace_s=grace_s, too_late=lambda: emergency.leave(watch.post_failure), launchers=launchers)
     guards = Guards(emergency=emergency, stop=stop, pulse=pulse)
     watch = FailureWatch(job, on_failure=emergency.fail, stop=stop)
     StallWatch(

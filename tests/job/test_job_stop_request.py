@@ -1,6 +1,7 @@
 """Real processes: who is asked to stop tells the others; who is stuck, or too late, is ended."""
 
 import ctypes
+import json
 import os
 import signal
 import subprocess
@@ -15,6 +16,8 @@ import pytest
 import torch.distributed as dist
 from forked_ranks import launch_worlds
 
+from skd_dist.config import RunConfig
+from skd_dist.emergency import Emergency
 from skd_dist.job import pulse as pulse_module
 from skd_dist.job.failure import FailureWatch
 from skd_dist.job.launcher_env import read_world
@@ -24,6 +27,7 @@ from skd_dist.job.rendezvous import join_job
 from skd_dist.job.stop_request import EXIT_STOPPED, StopRequest, launchers_above
 from skd_dist.meters import any_student
 from skd_dist.roles import RoleMap
+from skd_dist.tracking import NullTracker
 
 TOO_LATE, HEARD = 99, 42
 
@@ -37,7 +41,7 @@ def join(world_size: int) -> Job:
 def stop_together(directory: Path) -> None:
     job = join(2)
     stop = StopRequest(grace_s=60, too_late=lambda: os._exit(TOO_LATE))
-    watch = FailureWatch(job, on_failure=lambda line: None, stop=stop)
+    watch = FailureWatch(job, on_failure=lambda line, exit_code: None, stop=stop)
     assert not stop.asked
     if job.world.rank == 1:
         os.kill(os.getpid(), signal.SIGUSR1)
@@ -45,6 +49,34 @@ def stop_together(directory: Path) -> None:
         time.sleep(0.01)
     assert any_student(job.world.rank == 1) and not any_student(False)
     watch.post_failure("stopped after step 3", exit_code=EXIT_STOPPED)
+
+
+def fail_after_a_stop(directory: Path) -> None:
+    """Rank 1 leaves after an agreed stop; rank 0 meets only what follows from that, and knows of no stop."""
+    job = join(2)
+    watch = FailureWatch(job, on_failure=lambda line, exit_code: print(exit_code, line, flush=True))
+    if job.world.rank == 0:
+        while not job.store.check(["failure"]):
+            time.sleep(0.001)
+        watch.post_failure("student rank 1 left without saying goodbye")
+    watch.post_failure("stopped after step 3", EXIT_STOPPED)
+
+
+def be_too_late(directory: Path) -> None:
+    """Rank 1 is asked to stop and cannot; rank 0 waits for it, and would fail when it is gone."""
+    job = join(2)
+    emergency = Emergency()
+    stop = StopRequest(grace_s=0.5, too_late=lambda: emergency.leave(watch.post_failure))
+    watch = FailureWatch(job, on_failure=emergency.fail, stop=stop)
+    if job.world.rank == 0:
+        config = RunConfig(train_shards="t", val_shards="v", student="s", num_classes=2, run_dir=directory)
+        emergency.watch(NullTracker(), config)
+        try:
+            dist.barrier()
+        except RuntimeError:
+            watch.post_failure("rank 0 failed")
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(100)
 
 
 def lose_the_launcher(directory: Path) -> None:
@@ -99,7 +131,7 @@ def save_for_too_long(directory: Path) -> None:
 def get_stuck(directory: Path) -> None:
     job = join(2)
     pulse = Pulse()
-    watch = FailureWatch(job, on_failure=lambda line: None)
+    watch = FailureWatch(job, on_failure=lambda line, exit_code: None)
     StallWatch(pulse, timeout_s=1.5, rank=job.world.rank, folder=directory, tell=watch.post_failure)
     pulse.beat()
     while True:
@@ -112,7 +144,7 @@ def lose_the_store(directory: Path) -> None:
     """Rank 0, which hosts the store, is stopped: nobody can be told anything any more."""
     job = join(2)
     pulse_module._TELL_S = 1.0
-    watch = FailureWatch(job, on_failure=lambda line: None)
+    watch = FailureWatch(job, on_failure=lambda line, exit_code: None)
     dist.barrier()
     if job.world.rank == 0:
         subprocess.Popen(f"sleep 6; kill -KILL {os.getpid()}", shell=True)
@@ -134,6 +166,8 @@ def worlds(directory: Path):
         __file__,
         {
             "stop_together": 2,
+            "fail_after_a_stop": 2,
+            "be_too_late": 2,
             "lose_the_launcher": 1,
             "be_signalled_in_a_library": 1,
             "be_deaf_to_signals": 1,
@@ -149,6 +183,22 @@ def test_a_signal_to_one_stops_all_with_one_line(worlds) -> None:
     results = worlds["stop_together"]
     assert [result.code for result in results] == [EXIT_STOPPED] * 2, results
     assert "".join(result.stderr for result in results) == "skd_dist: stopped after step 3\n"
+
+
+def test_what_fails_after_an_agreed_stop_is_only_its_consequence(worlds) -> None:
+    results = worlds["fail_after_a_stop"]
+    assert [result.code for result in results] == [EXIT_STOPPED] * 2, results
+    assert "".join(result.stderr for result in results) == "skd_dist: stopped after step 3\n"
+    assert [result.stdout for result in results] == [f"{EXIT_STOPPED} stopped after step 3\n"] * 2
+
+
+def test_who_is_too_late_tells_the_others(worlds, directory: Path) -> None:
+    results = worlds["be_too_late"]
+    assert [result.code for result in results] == [EXIT_STOPPED] * 2, results
+    line = "asked to stop, and could not save in time; continue with --resume"
+    assert "".join(result.stderr for result in results) == f"skd_dist: {line}\n"
+    summary = json.loads((directory / "be_too_late/summary.json").read_text())
+    assert (summary["status"], summary["error"]) == ("killed", line)
 
 
 def test_a_launcher_that_is_lost_is_a_wish_to_stop(worlds) -> None:
