@@ -59,6 +59,7 @@ class Checkpointer:
         device: of this process.
         interval: between two resume points.
         record: what the manifest says beside the files.
+        notes: what it says too, for people; asked on the first student at every save.
         frozen: parameters that do not train, under the module's names; written by the first student.
         stop_asked: whether this process has been asked to stop.
         on_saved: told the step and the seconds of every resume point that exists now.
@@ -74,6 +75,7 @@ class Checkpointer:
         device: torch.device,
         interval: Interval,
         record: Mapping[str, Any],
+        notes: Callable[[], Mapping[str, Any]],
         frozen: Mapping[str, Tensor],
         stop_asked: Callable[[], bool],
         on_saved: Callable[[int, float], None],
@@ -85,6 +87,7 @@ class Checkpointer:
         self._device = device
         self._interval = interval
         self.record = record
+        self._notes = notes
         self._frozen = frozen
         self._stop_asked = stop_asked
         self._on_saved = on_saved
@@ -187,7 +190,7 @@ class Checkpointer:
 
     def _commit(self, step: int, files_of_ranks: list[dict[str, Any]]) -> dict[str, Any]:
         files = {name: record for files in files_of_ranks for name, record in files.items()}
-        record = {**self.record, "chosen_values": dict(self.chosen_values)}
+        record = {**self.record, **self._notes(), "chosen_values": dict(self.chosen_values)}
         commit(self._root, step, files=files, record=record)
         return {}
 

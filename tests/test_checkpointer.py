@@ -62,6 +62,7 @@ class Student:
             device=CPU,
             interval=interval,
             record={"identity": {"seed": 0}},
+            notes=lambda: {"mlflow": {"parent_run_id": f"of student {rank}"}},
             frozen={"model.frozen": torch.ones(1)},
             stop_asked=lambda: self.stop,
             on_saved=lambda step, seconds: self.saved.append(step),
@@ -95,6 +96,7 @@ def test_what_both_saved_comes_back_to_both(tmp_path: Path) -> None:
     found = newest_sound(tmp_path, notify=pytest.fail)
     assert found is not None
     point, manifest = found
+    assert manifest["mlflow"] == {"parent_run_id": "of student 0"} and manifest["identity"] == {"seed": 0}
     assert sorted(manifest["files"]) == [
         "best.safetensors",
         "engine/state-0.pt",

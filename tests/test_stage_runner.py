@@ -29,6 +29,8 @@ from skd_dist.student_run import initial_state, measure_student, measure_teacher
 from skd_dist.teacher import FrozenTeacher
 from skd_dist.tracking import Journal, read_events
 from skd_dist.tracking.journal_tracker import JournalTracker
+from skd_dist.tracking.replica import FILE as REPLICA_FILE
+from skd_dist.tracking.replica import remember
 
 CPU = torch.device("cpu")
 NUM_STEPS, NUM_VAL_BATCHES = 3, 8
@@ -145,6 +147,7 @@ def test_a_stop_in_a_validation_acts_there_and_loses_nothing(
         train_first_stage(student(prepared, tmp_path, at_call(call)))
     again = student(prepared, tmp_path)
     assert again.resume_point is not None and again.resume_point.manifest["step"] == step
+    assert again.resume_point.manifest["mlflow"] == {}
     state = train_first_stage(again)
     expected, expected_metrics = undisturbed
     assert [name for name, value in expected.items() if not torch.equal(value, state[name])] == []
@@ -171,6 +174,16 @@ def test_a_validation_leaves_the_random_state_alone(prepared: Prepared, tmp_path
         states.append({name: value for name, value in load_file(point).items() if name.startswith("rng/")})
     assert len(states[0]) == 5
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_a_resume_point_names_the_mlflow_runs_known_so_far(prepared: Prepared, tmp_path: Path) -> None:
+    side = student(prepared, tmp_path, at_call(1))
+    known = {"tracking_uri": "sqlite:///mlflow.db", "parent_run_id": "0a1b", "child_run_ids": {"stem": "2c3d"}}
+    remember(tmp_path / REPLICA_FILE, 7, known)
+    with pytest.raises(Preempted):
+        train_first_stage(side)
+    point = student(prepared, tmp_path).resume_point
+    assert point is not None and point.manifest["mlflow"] == known
 
 
 @few_cores
