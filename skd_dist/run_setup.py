@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -42,7 +42,9 @@ from skd_dist.tracking import (
 )
 
 JOB_TIMEOUT = timedelta(minutes=10)
-"""How long a collective of the students may take: one of them may be held up by a slow file system (guess)."""
+"""How long ranks wait for each other: one of them may be held up by a slow file system (guess)."""
+
+_STALL_SPEAKS_FIRST = timedelta(seconds=30)
 
 LINK_TIMEOUT = timedelta(seconds=120)
 """How long a peer on the link may give no sign of life, or one payload may take (guess)."""
@@ -51,6 +53,12 @@ LINK_TIMEOUT = timedelta(seconds=120)
 def device_kind() -> Literal["cpu", "cuda"]:
     """`cuda` where there is a GPU and DeepSpeed was not told to use the CPU."""
     return "cuda" if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu" else "cpu"
+
+
+def collective_timeout(configs: Sequence[RunConfig]) -> timedelta:
+    """How long a collective of the students may take: longer than a rank may be stuck, for the stall watch names it."""
+    longest_stall = timedelta(seconds=max(config.stall_timeout for config in configs))
+    return max(JOB_TIMEOUT, longest_stall + _STALL_SPEAKS_FIRST)
 
 
 @contextlib.contextmanager

@@ -33,6 +33,7 @@ from skd_dist.run_setup import (
     LINK_TIMEOUT,
     agreed,
     answer_of,
+    collective_timeout,
     device_kind,
     device_of,
     engine_spec_of,
@@ -90,6 +91,7 @@ def run_all(configs: Sequence[RunConfig], *, world: World) -> int:
                 network_interface=configs[0].network_interface,
                 device_kind=device_kind(),
                 timeout=JOB_TIMEOUT,
+                collective_timeout=collective_timeout(configs),
             )
     except JobEnded as ended:
         return ended.exit_code

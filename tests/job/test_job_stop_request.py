@@ -8,11 +8,13 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 import torch.distributed as dist
 from forked_ranks import launch_worlds
 
@@ -27,15 +29,34 @@ from skd_dist.job.rendezvous import join_job
 from skd_dist.job.stop_request import EXIT_STOPPED, StopRequest, launchers_above
 from skd_dist.meters import any_student
 from skd_dist.roles import RoleMap
+from skd_dist.run_setup import collective_timeout
 from skd_dist.tracking import NullTracker
 
 TOO_LATE, HEARD = 99, 42
 
 
-def join(world_size: int) -> Job:
-    roles = RoleMap(world_size=world_size, teacher_ranks=())
-    timeout = timedelta(seconds=60)
-    return join_job(read_world(os.environ), roles, network_interface=None, device_kind="cpu", timeout=timeout)
+def join(world_size: int, *, collective_timeout_s: float | None = None) -> Job:
+    return join_job(
+        read_world(os.environ),
+        RoleMap(world_size=world_size, teacher_ranks=()),
+        network_interface=None,
+        device_kind="cpu",
+        timeout=timedelta(seconds=60),
+        collective_timeout=timedelta(seconds=collective_timeout_s) if collective_timeout_s else None,
+    )
+
+
+def wait_in_a_collective(directory: Path) -> None:
+    """Rank 1 does not come; the ranks can still agree on things."""
+    job = join(2, collective_timeout_s=1.0)
+    dist.barrier()
+    if job.world.rank == 0:
+        try:
+            dist.all_reduce(torch.ones(1))
+        except RuntimeError as error:
+            print(str(error).partition("] ")[2], end="", flush=True)
+    job.board.gather("rank 0 has waited", "")
+    job.board.goodbye()
 
 
 def stop_together(directory: Path) -> None:
@@ -166,6 +187,7 @@ def worlds(directory: Path):
         __file__,
         {
             "stop_together": 2,
+            "wait_in_a_collective": 2,
             "fail_after_a_stop": 2,
             "be_too_late": 2,
             "lose_the_launcher": 1,
@@ -183,6 +205,19 @@ def test_a_signal_to_one_stops_all_with_one_line(worlds) -> None:
     results = worlds["stop_together"]
     assert [result.code for result in results] == [EXIT_STOPPED] * 2, results
     assert "".join(result.stderr for result in results) == "skd_dist: stopped after step 3\n"
+
+
+def test_a_collective_has_a_timeout_of_its_own(worlds) -> None:
+    results = worlds["wait_in_a_collective"]
+    assert [result.code for result in results] == [0, 0], results
+    assert [result.stdout.partition("ms")[0] for result in results] == ["Timed out waiting 1000", ""]
+
+
+@pytest.mark.parametrize(("stall_timeout", "expected_s"), [(60.0, 600), (600.0, 630), (3600.0, 3630)])
+def test_a_collective_outwaits_a_rank_that_is_stuck(stall_timeout: float, expected_s: int) -> None:
+    base = RunConfig(train_shards="t", val_shards="v", student="s", num_classes=2, run_dir=Path("r"))
+    runs = [replace(base, stall_timeout=seconds) for seconds in (1.0, stall_timeout)]
+    assert collective_timeout(runs) == timedelta(seconds=expected_s)
 
 
 def test_what_fails_after_an_agreed_stop_is_only_its_consequence(worlds) -> None:
