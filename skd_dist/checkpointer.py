@@ -23,6 +23,7 @@ from skd_dist.contracts import Engine
 from skd_dist.duration import Interval
 from skd_dist.errors import NoTeacherError, UserError
 from skd_dist.job.blackboard import Blackboard
+from skd_dist.meters import any_student
 from skd_dist.progress import StageProgress
 from skd_dist.rank_state import capture_rank_state, remember_rank_state, restore_rank_state
 from skd_dist.resume_point import (
@@ -41,6 +42,7 @@ BEST = "best.safetensors"
 """The weights chosen so far, where a stage hands on its best ones."""
 
 _PROGRESS = "progress/"
+_MAX_NAMED = 5
 
 
 class Preempted(BaseException):
@@ -57,6 +59,7 @@ class Checkpointer:
         device: of this process.
         interval: between two resume points.
         record: what the manifest says beside the files.
+        notes: what it says too, for people; asked on the first student at every save.
         frozen: parameters that do not train, under the module's names; written by the first student.
         stop_asked: whether this process has been asked to stop.
         on_saved: told the step and the seconds of every resume point that exists now.
@@ -72,6 +75,7 @@ class Checkpointer:
         device: torch.device,
         interval: Interval,
         record: Mapping[str, Any],
+        notes: Callable[[], Mapping[str, Any]],
         frozen: Mapping[str, Tensor],
         stop_asked: Callable[[], bool],
         on_saved: Callable[[int, float], None],
@@ -83,12 +87,14 @@ class Checkpointer:
         self._device = device
         self._interval = interval
         self.record = record
+        self._notes = notes
         self._frozen = frozen
         self._stop_asked = stop_asked
         self._on_saved = on_saved
         self._notify = notify
         self._last_s = time.monotonic()
         self._undo_step: Callable[[], None] | None = None
+        self._saved_step: int | None = None
         self.chosen: Mapping[str, Tensor] | None = None
         """Weights that a stage would hand on now, if they are not its last."""
         self.chosen_values: Mapping[str, float] = {}
@@ -102,6 +108,8 @@ class Checkpointer:
         self._undo_step()
         saved = self.save(progress)
         lines = [line for line in self.share(error.line if error else "") if line]
+        if any_student(self._stop_asked()):
+            raise Preempted(f"stopped after step {progress.step}" + ("" if saved else ", which could not be saved"))
         raise UserError(f"step {progress.step} was given up{' and saved' if saved else ''}: {lines[0]}")
 
     def wishes(self) -> tuple[bool, bool]:
@@ -112,9 +120,18 @@ class Checkpointer:
     def act(self, progress: StageProgress, *, save: bool, stop: bool) -> None:
         due = self._interval.steps is not None and progress.step % self._interval.steps == 0
         if save or stop or due:
-            saved = self.save(progress)
+            saved = progress.step == self._saved_step or self.save(progress)
             if stop:
                 raise Preempted(f"stopped after step {progress.step}" + ("" if saved else ", which could not be saved"))
+
+    def stop_if_asked(self, progress: StageProgress) -> None:
+        """Stop where training stands, if any student has been asked to. Collective; for a validation, between batches.
+
+        Raises:
+            Preempted: on all students, with a resume point. The validation will be done again, on the same weights.
+        """
+        if any_student(self._stop_asked()):
+            self.act(progress, save=False, stop=True)
 
     def share(self, text: str) -> list[str]:
         return self._board.gather("share", text)
@@ -138,14 +155,37 @@ class Checkpointer:
                 give_up(self._root, step)
             self._notify(f"no resume point after step {step}: student {rank}: {failed[rank]}; older ones are kept")
         else:
+            self._saved_step = step
             self._on_saved(step, time.monotonic() - started)
         return not failed
+
+    def check_frozen(self, point: Path) -> None:
+        """See that a resume point was made on the frozen parameters that the module has now.
+
+        Raises:
+            UserError: some differ, by name.
+        """
+        saved = load_file(point / FROZEN)
+        names = sorted(saved.keys() | self._frozen.keys())
+        differing = [
+            name
+            for name in names
+            if name not in saved or name not in self._frozen or not torch.equal(saved[name], self._frozen[name].cpu())
+        ]
+        if differing:
+            more = f" and {len(differing) - _MAX_NAMED} more" if len(differing) > _MAX_NAMED else ""
+            raise UserError(
+                f"resume point {point} was made on other frozen parameters",
+                got=", ".join(differing[:_MAX_NAMED]) + more,
+                do="put the earlier stage results back as they were, or remove this resume point",
+            )
 
     def restore(self, point: Path, manifest: Mapping[str, Any]) -> StageProgress:
         """Put engine and process into the state of a resume point. Collective."""
         self._engine.restore(point / ENGINE)
         tensors = load_file(point / rank_file(self._board.rank))
         restore_rank_state(tensors, self._engine.module, self._device)
+        self._saved_step = manifest["step"]
         if BEST in manifest["files"]:
             self.chosen, self.chosen_values = load_file(point / BEST), manifest["chosen_values"]
         return StageProgress.from_tensors(
@@ -164,7 +204,7 @@ class Checkpointer:
 
     def _commit(self, step: int, files_of_ranks: list[dict[str, Any]]) -> dict[str, Any]:
         files = {name: record for files in files_of_ranks for name, record in files.items()}
-        record = {**self.record, "chosen_values": dict(self.chosen_values)}
+        record = {**self.record, **self._notes(), "chosen_values": dict(self.chosen_values)}
         commit(self._root, step, files=files, record=record)
         return {}
 

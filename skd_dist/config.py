@@ -86,7 +86,7 @@ class RunConfig:
     experiment: str | None = None
     """MLflow experiment; default MLFLOW_EXPERIMENT_NAME, else skd_dist."""
     resume: bool = False
-    """Continue the run in --run-dir from its newest resume point or stage result."""
+    """Continue the run in --run-dir from its newest resume point or stage result; of several runs, those begun."""
     resume_or_start: bool = False
     """Continue the run in --run-dir if there is one, else start it: for job scripts."""
     checkpoint_every: str = "10min"

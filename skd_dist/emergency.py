@@ -2,10 +2,12 @@
 
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
 from skd_dist.config import RunConfig
+from skd_dist.errors import EXIT_USER_ERROR
 from skd_dist.job.consensus import print_error
 from skd_dist.job.notices import NoticeReader
 from skd_dist.job.pulse import Pulse
@@ -49,19 +51,26 @@ class Emergency:
                 self._lock.release()
                 self._lock = None
 
-    def fail(self, line: str) -> None:
-        """The run under way has failed."""
-        self.end("FAILED", line)
+    def fail(self, line: str, exit_code: int = EXIT_USER_ERROR) -> None:
+        """The run under way has failed, or was stopped: the exit code says which."""
+        self.end("KILLED" if exit_code == EXIT_STOPPED else "FAILED", line)
 
-    def leave(self) -> NoReturn:
-        """The time to stop in order is over."""
+    def leave(self, post: Callable[[str, int], object]) -> NoReturn:
+        """The time to stop in order is over.
+
+        Args:
+            post: ends the job with a line and an exit code; need not return.
+        """
         # In a thread that is not waited for long: a disk that hangs may be the reason for being late.
-        saying = threading.Thread(
-            target=self.end, args=("KILLED", "asked to stop, and could not save in time"), daemon=True
-        )
+        saying = threading.Thread(target=self._say_late, args=(post,), daemon=True)
         saying.start()
         saying.join(_LAST_WORDS_S)
         os._exit(EXIT_STOPPED)
+
+    def _say_late(self, post: Callable[[str, int], object]) -> None:
+        line = "asked to stop, and could not save in time; continue with --resume"
+        self.end("KILLED", line)
+        post(line, EXIT_STOPPED)
 
 
 @dataclass(frozen=True, kw_only=True)

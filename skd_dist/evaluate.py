@@ -16,12 +16,24 @@ from skd_dist.meters import Meter
 from skd_dist.plan import LOGITS, StageSpec
 from skd_dist.stage_loop import add_variances, to_device, with_nmse
 
+AfterBatch = Callable[[], None]
+"""Called after every batch, by all students together: they have equally many. It may raise, to leave."""
+
+
+def go_on() -> None:
+    """Nothing between two batches."""
+
+
 Predict = Callable[[Batch, Outputs], Tensor]
 """Batch on the device and the teacher's outputs -> logits [N, K]."""
 
 
 def evaluate_logits(
-    predict: Predict, *, stream: Iterable[tuple[Batch, Outputs]], device: torch.device
+    predict: Predict,
+    *,
+    stream: Iterable[tuple[Batch, Outputs]],
+    device: torch.device,
+    after_batch: AfterBatch = go_on,
 ) -> dict[str, float]:
     """Top-1 accuracy and cross-entropy over a split.
 
@@ -29,10 +41,11 @@ def evaluate_logits(
         `top1_frac` (0..1) and `cross_entropy`, equal on all students. Collective.
     """
     meter = Meter()
-    with torch.inference_mode():
-        for cpu_batch, targets in stream:
+    for cpu_batch, targets in stream:
+        with torch.inference_mode():
             batch = to_device(cpu_batch, device)
             _add_classification(meter, predict(batch, targets), batch)
+        after_batch()
     return meter.reduce()
 
 
@@ -44,6 +57,7 @@ def evaluate_stage(
     batches: Iterable[Batch],
     ask: AskAhead,
     device: torch.device,
+    after_batch: AfterBatch = go_on,
 ) -> dict[str, float]:
     """The stage's own objective on a split: loss terms, NMSE, and accuracy where the stage has logits.
 
@@ -55,8 +69,8 @@ def evaluate_stage(
     """
     module.eval()
     meter = Meter()
-    with torch.inference_mode():
-        for cpu_batch, targets in ask.answers(batches, stage.teacher_outputs):
+    for cpu_batch, targets in ask.answers(batches, stage.teacher_outputs):
+        with torch.inference_mode():
             batch = to_device(cpu_batch, device)
             outputs = module(batch.images)
             terms = method.loss(stage, outputs, targets, batch)
@@ -67,6 +81,7 @@ def evaluate_stage(
             add_variances(meter, targets, batch.valid)
             if LOGITS in outputs:
                 _add_classification(meter, outputs[LOGITS], batch)
+        after_batch()
     return {f"val/{name}": value for name, value in with_nmse(meter.reduce(), stage).items()}
 
 

@@ -21,6 +21,11 @@ def sum_over_students(values: Tensor) -> Tensor:
     return moved.cpu()
 
 
+def any_student(says_yes: bool) -> bool:
+    """Whether any student says yes; the same answer on each. Collective."""
+    return sum_over_students(torch.tensor([float(says_yes)], dtype=torch.float64)).item() > 0
+
+
 class Meter:
     """Named (sum, count) pairs of one reporting window; per-sample values stay on their device until read."""
 

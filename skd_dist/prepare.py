@@ -46,6 +46,8 @@ class Splits:
     test: ShardIndex | None
     digest: str
     """Of the fraction: which samples with which labels, whatever the shards."""
+    val_digest: str
+    """Of the validation split, likewise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,14 +118,16 @@ def prepare_splits(config: RunConfig, *, keep_index: bool) -> Splits:
     """
     train = open_split(config, config.train_shards, flag="--train-shards", keep_index=keep_index)
     ids = select_fraction(train, fraction=config.fraction, seed=config.fraction_seed)
+    val = open_split(config, config.val_shards, flag="--val-shards", keep_index=keep_index)
     return Splits(
         train=train,
         train_ids=ids,
-        val=open_split(config, config.val_shards, flag="--val-shards", keep_index=keep_index),
+        val=val,
         test=open_split(config, config.test_shards, flag="--test-shards", keep_index=keep_index)
         if config.test_shards
         else None,
         digest=subset_digest(train, ids),
+        val_digest=subset_digest(val, np.arange(val.num_samples)),
     )
 
 

@@ -7,26 +7,42 @@ or student may not continue in it. Success is `summary.json` with status `finish
 import dataclasses
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from skd_dist import __version__
-from skd_dist.checkpoint import write_json
+from skd_dist.checkpoint import file_sha256, write_json
+from skd_dist.config import RunConfig
 from skd_dist.errors import UserError
+from skd_dist.models.create import PRETRAINED
 from skd_dist.prepare import Prepared
 
+CONFIG = "config.json"
 
-def identity_of(prepared: Prepared, *, teacher_digest: str | None) -> dict[str, Any]:
-    """What may not change when a run is continued."""
+
+def identity_of(prepared: Prepared, *, teacher_digest: str | None, arithmetic: Mapping[str, Any]) -> dict[str, Any]:
+    """What may not change when a run is continued.
+
+    Args:
+        teacher_digest: of its weights.
+        arithmetic: of the engine (`EngineSpec.arithmetic`).
+
+    Raises:
+        UserError: the student's initial checkpoint is not there.
+    """
     config = prepared.config
     return {
         "method": config.method,
         "student": config.student,
         "teacher": config.teacher,
         "teacher_digest": teacher_digest,
+        "teacher_dtype": config.teacher_dtype,
+        "student_checkpoint": _content_of(config.student_checkpoint),
         "data_digest": prepared.splits.digest,
+        "val_digest": prepared.splits.val_digest,
         "plan_digest": prepared.plan.digest(),
+        "augment": config.augment,
         "fraction": config.fraction,
         "seed": config.seed,
         "image_size": config.image_size,
@@ -34,10 +50,29 @@ def identity_of(prepared: Prepared, *, teacher_digest: str | None) -> dict[str, 
         "global_batch_size": config.global_batch_size,
         "stage_weights": config.stage_weights,
         "frozen_batchnorm": config.frozen_batchnorm,
+        **arithmetic,
     }
 
 
-def open_run_directory(prepared: Prepared, *, teacher_digest: str | None) -> str:
+def _content_of(checkpoint: str | None) -> str | None:
+    """What stays the same when a file is moved; timm's own weights are named by their word."""
+    if checkpoint is None or checkpoint == PRETRAINED:
+        return checkpoint
+    if not Path(checkpoint).is_file():
+        raise UserError("initial checkpoint not found", got=checkpoint, expected=f"a file, or {PRETRAINED}")
+    return file_sha256(Path(checkpoint))
+
+
+def resume_those_begun(configs: Sequence[RunConfig]) -> list[RunConfig]:
+    """--resume for the runs of one launch: those begun go on, the others start; if none has begun, it is an error."""
+    begun = [(config.run_dir / CONFIG).exists() for config in configs]
+    return [
+        config if is_begun or not config.resume or not any(begun) else dataclasses.replace(config, resume_or_start=True)
+        for config, is_begun in zip(configs, begun, strict=True)
+    ]
+
+
+def open_run_directory(prepared: Prepared, *, teacher_digest: str | None, arithmetic: Mapping[str, Any]) -> str:
     """Claim the run directory, or find that it is this run's.
 
     Returns:
@@ -45,11 +80,11 @@ def open_run_directory(prepared: Prepared, *, teacher_digest: str | None) -> str
 
     Raises:
         UserError: it holds a run and --resume was not given, it holds another run (the fields that differ are named),
-            or --resume was given and it holds none.
+            --resume was given and it holds none, or the student's initial checkpoint is not there.
     """
     config = prepared.config
-    path = config.run_dir / "config.json"
-    identity = identity_of(prepared, teacher_digest=teacher_digest)
+    path = config.run_dir / CONFIG
+    identity = identity_of(prepared, teacher_digest=teacher_digest, arithmetic=arithmetic)
     if not path.exists():
         if config.resume and not config.resume_or_start:
             raise UserError(f"--resume: no run in {config.run_dir}", do="start it without --resume")

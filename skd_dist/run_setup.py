@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
@@ -38,12 +38,20 @@ from skd_dist.tracking import (
 )
 
 JOB_TIMEOUT = timedelta(minutes=10)
-"""How long a collective of the students may take: one of them may be held up by a slow file system (guess)."""
+"""How long ranks wait for each other: one of them may be held up by a slow file system (guess)."""
+
+_STALL_SPEAKS_FIRST = timedelta(seconds=30)
 
 
 def device_kind() -> Literal["cpu", "cuda"]:
     """`cuda` where there is a GPU and DeepSpeed was not told to use the CPU."""
     return "cuda" if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu" else "cpu"
+
+
+def collective_timeout(configs: Sequence[RunConfig]) -> timedelta:
+    """How long a collective of the students may take: longer than a rank may be stuck, for the stall watch names it."""
+    longest_stall = timedelta(seconds=max(config.stall_timeout for config in configs))
+    return max(JOB_TIMEOUT, longest_stall + _STALL_SPEAKS_FIRST)
 
 
 @contextlib.contextmanager
@@ -89,7 +97,9 @@ def open_record(job: Job, prepared: Prepared, digest: str | None, key: str) -> t
     found: str | None = None
     with agreed(job, f"{key}/record"):
         if job.world.rank == 0:
-            run_key = open_run_directory(prepared, teacher_digest=digest)
+            run_key = open_run_directory(
+                prepared, teacher_digest=digest, arithmetic=engine_spec_of(prepared.config).arithmetic()
+            )
             num_done = count_done(prepared)
             point = choose_point(prepared, num_done)
             found = json.dumps([run_key, num_done, point.name if point else None])

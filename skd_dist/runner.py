@@ -5,6 +5,7 @@ Ranks agree at named points (`agreed`): an error that only one of them knows end
 code 2. Between those points a teacher rank serves and the students train (`student_run.py`).
 """
 
+import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -21,15 +22,16 @@ from skd_dist.job.failure import FailureWatch
 from skd_dist.job.notices import NoticeReader
 from skd_dist.job.pulse import Pulse, StallWatch
 from skd_dist.job.rendezvous import Job, join_job, leave_job
-from skd_dist.job.stop_request import EXIT_STOPPED, StopRequest
+from skd_dist.job.stop_request import EXIT_STOPPED, StopRequest, ending_with, launchers_above
 from skd_dist.link.ask_ahead import AskAhead
 from skd_dist.prepare import Prepared
 from skd_dist.roles import RoleMap, World, make_role_map, resolve_teacher_ranks
 from skd_dist.run_lock import take_lock
-from skd_dist.run_record import write_summary
+from skd_dist.run_record import resume_those_begun, write_summary
 from skd_dist.run_setup import (
     JOB_TIMEOUT,
     agreed,
+    collective_timeout,
     device_kind,
     device_of,
     engine_spec_of,
@@ -78,23 +80,27 @@ def run_all(configs: Sequence[RunConfig], *, world: World) -> int:
     Returns:
         The exit code: 0 when all finished, 2 after an error that the user can mend.
     """
+    launchers = launchers_above(os.getpid())
     roles = roles_of(configs[0], world)
     worker = start_worker(configs, role=roles.role_of(world.rank))
     try:
-        job = join_job(
-            world,
-            roles,
-            network_interface=configs[0].network_interface,
-            device_kind=device_kind(),
-            timeout=JOB_TIMEOUT,
-        )
+        with ending_with(launchers, speaks=world.local_rank == 0):
+            job = join_job(
+                world,
+                roles,
+                network_interface=configs[0].network_interface,
+                device_kind=device_kind(),
+                timeout=JOB_TIMEOUT,
+                collective_timeout=collective_timeout(configs),
+            )
     except JobEnded as ended:
         return ended.exit_code
     except UserError as error:
         print_error(error.line)  # nobody can be asked who else knows: this rank did not reach the others
         return EXIT_USER_ERROR
     emergency, pulse, notices = Emergency(), Pulse(), NoticeReader()
-    stop = StopRequest(grace_s=max(config.grace for config in configs), too_late=emergency.leave)
+    grace_s = max(config.grace for config in configs)
+    stop = StopRequest(grace_s=grace_s, too_late=lambda: emergency.leave(watch.post_failure), launchers=launchers)
     guards = Guards(emergency=emergency, stop=stop, pulse=pulse, notices=notices)
     watch = FailureWatch(job, on_failure=emergency.fail, stop=stop, notices=notices)
     StallWatch(
@@ -107,7 +113,7 @@ def run_all(configs: Sequence[RunConfig], *, world: World) -> int:
     summaries: list[dict[str, Any]] = []
     exit_code = 0
     try:
-        for number, config in enumerate(configs):
+        for number, config in enumerate(resume_those_begun(configs)):
             summaries += run_once(config, job, key=f"{number}-{config.name}", guards=guards, worker=worker)
         if job.world.rank == 0:
             _show(summaries)
@@ -165,7 +171,8 @@ def run_once(
             guards.emergency.watch(tracker, config)
             guards.notices.listener = tracker.log_teacher
         display.start_run(f"{config.name}: {config.method}", len(prepared.plan.stages))
-        link = make_link(job, teacher, key, teacher_timeout_s=config.teacher_timeout_s)
+        stop_asked = lambda: guards.stop.asked  # noqa: E731
+        link = make_link(job, teacher, key, teacher_timeout_s=config.teacher_timeout_s, is_stopping=stop_asked)
         found = run_student(
             StudentSide(
                 prepared=prepared,
@@ -180,7 +187,7 @@ def run_once(
                 num_done=num_done,
                 resume_point=point,
                 board=job.role_board,
-                stop_asked=lambda: guards.stop.asked,
+                stop_asked=stop_asked,
             )
         )
         guards.pulse.rest()

@@ -23,6 +23,7 @@ from skd_dist.plan import StageSpec
 from skd_dist.progress import StageProgress
 from skd_dist.stage_side import State, StudentSide
 from skd_dist.student import MODEL_PREFIX
+from skd_dist.tracking import known_runs
 
 OTHER_MACHINE_REL_TOL = 1e-2
 """How far a metric that another machine computes again may be off before it is reported: a guess."""
@@ -48,6 +49,7 @@ def make_checkpointer(side: StudentSide, stage: StageSpec, engine: Engine, state
             samples_per_epoch=len(side.prepared.splits.train_ids),
         ),
         record=point_record(side, stage, engine),
+        notes=lambda: {"mlflow": known_runs(config.run_dir)},
         frozen={f"{MODEL_PREFIX}{name}": state[name] for name in state if name in parameters - trains},
         stop_asked=side.stop_asked,
         on_saved=lambda step, seconds: _note_saved(side, stage, step, seconds),
@@ -66,6 +68,7 @@ def begin(side: StudentSide, stage: StageSpec, checkpointer: Checkpointer) -> St
         seed_process(derive_seed("process", side.prepared.config.seed, stage.index, side.student_rank))
         return StageProgress()
     check_belongs(found.manifest, checkpointer.record, what=f"resume point {found.path}")
+    checkpointer.check_frozen(found.path)
     notes = differences_in_machine(found.manifest, checkpointer.record)
     for note in notes:
         side.display.notice(f"not bit for bit: {note}")

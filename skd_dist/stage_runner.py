@@ -6,7 +6,9 @@ Every student walks through here in step; rank 0 alone writes files and tracks. 
 it makes no difference whether the stage before it ran in this process or in an earlier launch.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import closing
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,11 +16,10 @@ from torch import Tensor
 
 from skd_dist import __version__
 from skd_dist.checkpoint import write_stage_result
-from skd_dist.contracts import Batch
 from skd_dist.data.images import ImageTransform
-from skd_dist.data.loader import ShardDataset, eval_batches, train_batches
+from skd_dist.data.loader import Batches, ShardDataset, eval_batches, train_batches
 from skd_dist.engines import make_engine
-from skd_dist.evaluate import evaluate_stage
+from skd_dist.evaluate import AfterBatch, evaluate_stage
 from skd_dist.models.create import weights_digest
 from skd_dist.plan import StageSpec
 from skd_dist.progress import StageProgress
@@ -52,26 +53,29 @@ def train_stage(side: StudentSide, stage: StageSpec, state: State) -> tuple[Stat
     checkpointer = make_checkpointer(side, stage, engine, state)
     progress = begin(side, stage, checkpointer)
     chosen, chosen_values = checkpointer.chosen, checkpointer.chosen_values
+    stop_if_asked = partial(checkpointer.stop_if_asked, progress)
     for until in _stops(stage, best=config.stage_weights == "best"):
         if until < progress.step:
             continue
-        run_stage(
-            stage,
-            engine=engine,
-            method=side.prepared.method,
-            batches=_train_batches(side, stage, range(progress.step, until)),
-            ask=side.ask,
-            progress=progress,
-            until=until,
-            global_batch_size=shape.global_batch_size,
-            grad_accum_steps=shape.grad_accum_steps,
-            device=side.device,
-            report_every=max(1, stage.num_steps // REPORTS_PER_STAGE),
-            on_report=lambda step, values: _report(side, stage, step, values),
-            interruptions=checkpointer,
-        )
+        with closing(_train_batches(side, stage, range(progress.step, until))) as batches:
+            run_stage(
+                stage,
+                engine=engine,
+                method=side.prepared.method,
+                batches=batches,
+                ask=side.ask,
+                progress=progress,
+                until=until,
+                global_batch_size=shape.global_batch_size,
+                grad_accum_steps=shape.grad_accum_steps,
+                device=side.device,
+                report_every=max(1, stage.num_steps // REPORTS_PER_STAGE),
+                on_report=lambda step, values: _report(side, stage, step, values),
+                interruptions=checkpointer,
+            )
+        stop_if_asked()
         now = engine.full_state()
-        now_values = validate(side, stage, now)
+        now_values = validate(side, stage, now, after_batch=stop_if_asked)
         _report(side, stage, until, now_values)
         if chosen is None or config.stage_weights == "last" or now_values["val/loss"] < chosen_values["val/loss"]:
             chosen, chosen_values = now, now_values
@@ -101,18 +105,20 @@ def stage_module(side: StudentSide, stage: StageSpec, state: Mapping[str, Tensor
     )
 
 
-def validate(side: StudentSide, stage: StageSpec, module_state: State) -> dict[str, float]:
+def validate(side: StudentSide, stage: StageSpec, module_state: State, *, after_batch: AfterBatch) -> dict[str, float]:
     """The stage's objective on the validation split, with a plain copy of the module."""
     copy = stage_module(side, stage, student_part(module_state))
     copy.load_state_dict(module_state, strict=True)
-    return evaluate_stage(
-        copy.to(side.device),
-        stage=stage,
-        method=side.prepared.method,
-        batches=split_batches(side, "val"),
-        ask=side.ask,
-        device=side.device,
-    )
+    with closing(split_batches(side, "val")) as batches:
+        return evaluate_stage(
+            copy.to(side.device),
+            stage=stage,
+            method=side.prepared.method,
+            batches=batches,
+            ask=side.ask,
+            device=side.device,
+            after_batch=after_batch,
+        )
 
 
 def check_frozen(
@@ -128,7 +134,7 @@ def check_frozen(
             raise RuntimeError(f"stage {stage.name}: frozen tensors moved: {', '.join(moved)}")
 
 
-def split_batches(side: StudentSide, split: str, *, limit: int | None = None) -> Iterator[Batch]:
+def split_batches(side: StudentSide, split: str, *, limit: int | None = None) -> Batches:
     """Evaluation batches of this student over `val` or `test`, or over `limit` samples spread evenly over it."""
     config, shape, splits = side.prepared.config, side.prepared.shape, side.prepared.splits
     index = splits.val if split == "val" else splits.test
@@ -151,7 +157,7 @@ def _stops(stage: StageSpec, *, best: bool) -> list[int]:
     return [*range(length, stage.num_steps, length), stage.num_steps]
 
 
-def _train_batches(side: StudentSide, stage: StageSpec, steps: range) -> Iterator[Batch]:
+def _train_batches(side: StudentSide, stage: StageSpec, steps: range) -> Batches:
     config, shape, splits = side.prepared.config, side.prepared.shape, side.prepared.splits
     transform = ImageTransform(image_size=config.image_size, augment=config.augment, train=True)
     return train_batches(

@@ -4,11 +4,15 @@ Every student walks through here in step; rank 0 alone writes the run's files.
 """
 
 import math
+from contextlib import closing
+from functools import partial
 from typing import Any
 
 from skd_dist.checkpoint import read_manifest, read_stage_result, write_tensors
+from skd_dist.checkpointer import Preempted
 from skd_dist.errors import UserError
 from skd_dist.evaluate import evaluate_logits
+from skd_dist.meters import any_student
 from skd_dist.models.create import create_model, load_weights, weights_digest
 from skd_dist.models.cut import run_cut
 from skd_dist.plan import LOGITS
@@ -50,12 +54,13 @@ def measure_teacher(side: StudentSide) -> float | None:
     config = side.prepared.config
     if not side.prepared.plan.needs_teacher:
         return None
-    batches = split_batches(side, "val", limit=TEACHER_SAMPLE)
-    top1 = evaluate_logits(
-        lambda _, answer: answer[LOGITS].float().to(side.device),
-        stream=side.ask.answers(batches, (LOGITS,)),
-        device=side.device,
-    )["top1_frac"]
+    with closing(split_batches(side, "val", limit=TEACHER_SAMPLE)) as batches:
+        top1 = evaluate_logits(
+            lambda _, answer: answer[LOGITS].float().to(side.device),
+            stream=side.ask.answers(batches, (LOGITS,)),
+            device=side.device,
+            after_batch=partial(leave_if_asked, side, "the teacher was measured"),
+        )["top1_frac"]
     count = min(TEACHER_SAMPLE, side.prepared.splits.val.num_samples)
     chance = 1 / config.num_classes
     # Two standard errors: a guessing teacher passes once in fifty times, a trained one never fails.
@@ -117,12 +122,23 @@ def measure_student(side: StudentSide, state: State, split: str) -> dict[str, fl
     model = create_model(cut.name, num_classes=cut.num_classes, image_size=cut.image_size, seed=0)
     model.load_state_dict(state, strict=True)
     model = model.eval().to(side.device)
-    stream = side.ask.answers(split_batches(side, split), ())
-    return evaluate_logits(
-        lambda batch, _: run_cut(cut, model, batch.images, taps=[], logits=True)[LOGITS],
-        stream=stream,
-        device=side.device,
-    )
+    with closing(split_batches(side, split)) as batches:
+        return evaluate_logits(
+            lambda batch, _: run_cut(cut, model, batch.images, taps=[], logits=True)[LOGITS],
+            stream=side.ask.answers(batches, ()),
+            device=side.device,
+            after_batch=partial(leave_if_asked, side, f"the student was measured on {split}"),
+        )
+
+
+def leave_if_asked(side: StudentSide, while_what: str) -> None:
+    """Stop between two batches outside the stages, if any student has been asked to. Collective.
+
+    Raises:
+        Preempted: on all students. What was published stands; nothing else has been computed.
+    """
+    if any_student(side.stop_asked()):
+        raise Preempted(f"stopped while {while_what}")
 
 
 def write_student(side: StudentSide, state: State) -> None:

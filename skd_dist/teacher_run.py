@@ -129,7 +129,12 @@ def serve_teacher(job: Job, teacher: Teacher | None, key: str) -> None:
     serve(job, answer_of(teacher), run_key=key, timeout=LINK_TIMEOUT, revive=revive, on_event=tell)
 
 
-def make_link(job: Job, teacher: Teacher | None, key: str, *, teacher_timeout_s: float) -> TeacherLink | None:
+def make_link(
+    job: Job, teacher: Teacher | None, key: str, *, teacher_timeout_s: float, is_stopping: Callable[[], bool]
+) -> TeacherLink | None:
+    """A student's way to the teacher: `teacher` is its own, where there are no teacher ranks."""
     if job.roles.teacher_ranks:
-        return RemoteLink(job, run_key=key, timeout=LINK_TIMEOUT, teacher_timeout_s=teacher_timeout_s)
+        return RemoteLink(
+            job, run_key=key, timeout=LINK_TIMEOUT, teacher_timeout_s=teacher_timeout_s, is_stopping=is_stopping
+        )
     return InlineLink(teacher.answer) if teacher is not None else None

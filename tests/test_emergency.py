@@ -10,6 +10,7 @@ import pytest
 from skd_dist import emergency as subject
 from skd_dist.config import RunConfig
 from skd_dist.emergency import Emergency
+from skd_dist.errors import EXIT_USER_ERROR
 from skd_dist.job.stop_request import EXIT_STOPPED
 from skd_dist.run_lock import FILE, take_lock
 from skd_dist.tracking import NullTracker
@@ -52,6 +53,13 @@ def test_who_comes_second_waits_and_says_nothing(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "summary.json").read_text())["status"] == "killed"
 
 
+@pytest.mark.parametrize(("exit_code", "status"), [(EXIT_USER_ERROR, "failed"), (EXIT_STOPPED, "killed")])
+def test_another_thread_that_ends_the_process_says_the_same(tmp_path: Path, exit_code: int, status: str) -> None:
+    """The watch may see an agreed stop before the thread that saved says it."""
+    watching(tmp_path, NullTracker()).fail("stopped after step 3", exit_code)
+    assert json.loads((tmp_path / "summary.json").read_text())["status"] == status
+
+
 def test_a_disk_that_is_full_keeps_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
@@ -66,5 +74,5 @@ def test_whoever_hangs_while_saying_it_is_left_behind(tmp_path: Path) -> None:
     child = os.fork()
     if child == 0:
         subject._LAST_WORDS_S = 0.2
-        watching(tmp_path, SlowTracker()).leave()
+        watching(tmp_path, SlowTracker()).leave(pytest.fail)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == EXIT_STOPPED

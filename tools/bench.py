@@ -320,7 +320,7 @@ def _run_rank(rank: int, port: int, bench: StageBench) -> None:
     )
     roles = RoleMap(world_size=2, teacher_ranks=(1,))
     job = join_job(world, roles, network_interface=None, device_kind="cpu", timeout=TIMEOUT)
-    watch = FailureWatch(job, on_failure=lambda line: None)
+    watch = FailureWatch(job, on_failure=lambda line, exit_code: None)
     rows: list[dict[str, object]] = []
     for image_size, batch_size in zip(bench.image_sizes, bench.batch_sizes, strict=True):
         if rank == 0:

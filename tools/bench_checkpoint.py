@@ -106,6 +106,7 @@ def make_checkpointer(folder: Path, engine: Engine, frozen: Mapping[str, torch.T
         device=CPU,
         interval=Interval(seconds=DEFAULT_INTERVAL_S),
         record={"identity": {}, "machine": {}},
+        notes=dict,
         frozen=frozen,
         stop_asked=lambda: False,
         on_saved=lambda step, seconds: None,

@@ -52,7 +52,7 @@ def inspect(run: Path) -> None:
         size_mib = sum(record["size_bytes"] for record in manifest["files"].values()) / 2**20
         print(
             f"{point.parent.name}  resume point after step {manifest['step']}  {len(manifest['files'])} files  "
-            f"{size_mib:.1f} MiB  {identity['num_students']} students  {identity['engine']}"
+            f"{size_mib:.1f} MiB  {identity['num_students']} students  {identity['engine']}{_mlflow(manifest)}"
         )
     for broken in sorted((run / "resume").glob("*/broken-*")):
         print(f"{broken.parent.name}  set aside as {broken.name}")
@@ -94,6 +94,15 @@ def _is_sound(point: Path) -> bool:
     except BrokenError:
         return False
     return True
+
+
+def _mlflow(manifest: dict[str, Any]) -> str:
+    """The runs that were known when the resume point was written: of the whole, and of the stage."""
+    known = manifest.get("mlflow", {})
+    if not known.get("parent_run_id"):
+        return ""
+    child = known["child_run_ids"].get(manifest["stage"]["name"])
+    return f"  MLflow run {known['parent_run_id']}" + (f", stage {child}" if child else "")
 
 
 def _short(manifest: dict[str, Any]) -> str:

@@ -3,11 +3,12 @@
     order.py: (step, slot) -> row -> sample id -> bytes (pread) -> decode, augment -> Batch
 
 The order is computed in the training process; workers only read and decode what they are told. So a batch depends on
-neither the number of workers nor the number of students. Left out: pinned memory, a quarantine for bad samples.
+neither the number of workers nor the number of students. Whoever leaves a stream before its end closes it: no worker
+outlives it then, whoever still holds it. Left out: pinned memory, a quarantine for bad samples.
 """
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,9 @@ from skd_dist.data.order import sample_ids_of_micro_batch
 from skd_dist.data.reader import ShardReader
 from skd_dist.data.seeds import derive_seed
 from skd_dist.errors import UserError
+
+Batches = Generator[Batch, None, None]
+"""A stream of batches that can be closed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +105,7 @@ def train_batches(
     num_students: int,
     num_workers: int,
     start_step: int = 0,
-) -> Iterator[Batch]:
+) -> Batches:
     """Training batches of one student for one stage.
 
     Micro-batch a of a student's step is micro-batch student_rank * grad_accum_steps + a of the global batch, with
@@ -151,7 +155,7 @@ def train_batches(
 
 def eval_batches(
     dataset: ShardDataset, *, batch_size: int, student_rank: int, num_students: int, num_workers: int
-) -> Iterator[Batch]:
+) -> Batches:
     """Evaluation batches of one student: over all students every sample comes once with valid = True.
 
     All batches are full and all students get equally many; what is left over repeats the last sample with
@@ -174,7 +178,7 @@ def eval_batches(
     return _load(dataset, (requests(start) for start in starts), num_workers=num_workers)
 
 
-def _load(dataset: ShardDataset, requests: Iterator[list[Request]], *, num_workers: int) -> Iterator[Batch]:
+def _load(dataset: ShardDataset, requests: Iterator[list[Request]], *, num_workers: int) -> Batches:
     loader = DataLoader(
         dataset,
         batch_sampler=requests,
@@ -198,7 +202,7 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _raise_errors(batches: Iterator[Batch | UserError]) -> Iterator[Batch]:
+def _raise_errors(batches: Iterator[Batch | UserError]) -> Batches:
     for batch in batches:
         if isinstance(batch, UserError):
             try:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from skd_dist.contracts import Engine
+from skd_dist.engines.deepspeed_config import arithmetic_of
 from skd_dist.errors import UserError
 from skd_dist.plan import OptimizerSpec
 
@@ -37,6 +38,10 @@ class EngineSpec:
         """Kind and, for DeepSpeed, ZeRO stage: what the files of its snapshots depend on."""
         stage = (self.deepspeed or {}).get("zero_optimization", {}).get("stage", 0)
         return f"{self.kind}, ZeRO {stage}" if self.kind == "deepspeed" else self.kind
+
+    def arithmetic(self) -> dict[str, Any]:
+        """What every kind and ZeRO stage computes alike: number formats, clipping. What a run may not change."""
+        return arithmetic_of(self.deepspeed or {})
 
 
 def make_engine(

@@ -37,6 +37,16 @@ _CASTS_PARAMETERS = ("bf16", "bfloat16", "fp16")
 
 _AUTOCAST_DTYPES = {"bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
 
+_SAME_NUMBERS = ("torch_autocast", "gradient_clipping", "zero_optimization", "activation_checkpointing", "aio") + (
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "dump_state",
+    "comms_logger",
+    "flops_profiler",
+)
+"""Keys that change no number, or that `arithmetic_of` reads; another key is taken to change some."""
+
 
 def load_deepspeed_config(path_or_name: str | Path | None, *, device_kind: Literal["cpu", "cuda"]) -> dict[str, Any]:
     """Read a configuration and refuse what does not belong into it.
@@ -122,6 +132,26 @@ def autocast_dtype(config: Mapping[str, Any]) -> torch.dtype | None:
 def gradient_clipping(config: Mapping[str, Any]) -> float:
     """Largest norm of the whole gradient; 0 where it is not clipped."""
     return float(config.get("gradient_clipping", 0.0))
+
+
+def arithmetic_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a configuration decides which numbers are computed, beyond the order in which they are added.
+
+    Returns:
+        Name -> plain value, the same names for every configuration: `autocast_dtype`, `gradient_clipping`, and under
+        `deepspeed_config` the rest.
+    """
+    zero, autocast = config.get("zero_optimization", {}), config.get("torch_autocast", {})
+    dtype = autocast_dtype(config)
+    rest = {name: value for name, value in config.items() if name not in _SAME_NUMBERS}
+    rest |= {name: value for name, value in zero.items() if name.startswith("zero_quantized") and value}
+    if dtype is not None:
+        rest |= {name: value for name, value in autocast.items() if name not in ("enabled", "dtype")}
+    return {
+        "autocast_dtype": str(dtype or torch.float32).removeprefix("torch."),
+        "gradient_clipping": gradient_clipping(config),
+        "deepspeed_config": dict(sorted(rest.items())),
+    }
 
 
 def _refuse_foreign_keys(config: Mapping[str, Any], path: Path) -> None:

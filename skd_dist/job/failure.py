@@ -5,6 +5,9 @@ The way of a failure:
     rank that fails:   post_failure(line) -> store -> the lowest rank that knows prints the line, once
     every rank:        daemon thread sees it within a second -> on_failure(line) -> waits for the others -> os._exit(2)
 
+A stop that was agreed on goes the same way with another exit code. The first to post decides on it: what fails after
+that only lost a rank that had left.
+
 A blocked collective cannot be interrupted, so the thread ends the process itself. The ranks leave at the same moment,
 because a launcher that sees the first exit sends the rest SIGTERM, and their exit code would be another. Rank 0, which
 hosts the store, also watches for ranks that give no sign of life at all (a lost node closes no connection).
@@ -25,7 +28,7 @@ from skd_dist.job.consensus import print_error
 from skd_dist.job.heartbeat import PERIOD_S, PeerAges, beat
 from skd_dist.job.membership import Job
 from skd_dist.job.notices import NoticeReader
-from skd_dist.job.stop_request import StopRequest
+from skd_dist.job.stop_request import EXIT_STOPPED, StopRequest
 
 _SETTLE_S = 0.3
 """Ranks that fail from one cause post within this time (guess); then the lowest of them prints."""
@@ -43,7 +46,8 @@ class FailureWatch:
 
     Args:
         job: of this rank.
-        on_failure: called with the line, in a thread, before the process ends; rank 0 closes the tracking run here.
+        on_failure: called with line and exit code, in a thread, before the process ends; rank 0 closes the tracking run
+            here.
         stop: exchanged between the ranks while the watch runs.
         notices: read on rank 0 while the watch runs.
     """
@@ -52,7 +56,7 @@ class FailureWatch:
         self,
         job: Job,
         *,
-        on_failure: Callable[[str], None],
+        on_failure: Callable[[str, int], None],
         stop: StopRequest | None = None,
         notices: NoticeReader | None = None,
     ) -> None:
@@ -78,10 +82,10 @@ class FailureWatch:
         """Whether this process is about to end, for a reason that has been told."""
         return self._ending.locked()
 
-    def post_failure(self, line: str, *, exit_code: int = EXIT_USER_ERROR) -> NoReturn:
-        """End the whole job: the line is printed once, every rank ends with the exit code. Does not return."""
+    def post_failure(self, line: str, exit_code: int = EXIT_USER_ERROR) -> NoReturn:
+        """End the whole job: the line is printed once, every rank ends with the exit code of the first that posted."""
         with contextlib.suppress(dist.DistError):  # no store, no others to tell: end alone
-            self._post(line, exit_code)
+            exit_code = self._post(line, exit_code)
         self._end(line, exit_code)
 
     def stop(self) -> None:
@@ -112,9 +116,12 @@ class FailureWatch:
                 self._post(f"rank {rank} stopped answering; got no sign of life for {silent_s:.0f} s")
                 return
 
-    def _post(self, line: str, exit_code: int = EXIT_USER_ERROR) -> None:
-        self._store.set(f"{_FAILED}/{self._world.rank}", line)
-        self._store.set(_FAILED, str(exit_code))
+    def _post(self, line: str, exit_code: int = EXIT_USER_ERROR) -> int:
+        """The exit code that holds for all ranks."""
+        decided = int(self._store.compare_set(_FAILED, "", str(exit_code)))
+        if decided == exit_code:
+            self._store.set(f"{_FAILED}/{self._world.rank}", line)
+        return decided
 
     def _end(self, line: str, exit_code: int) -> NoReturn:
         self._ending.acquire()  # never released: a second thread of this process must not end it halfway
@@ -123,7 +130,7 @@ class FailureWatch:
             rank, line = self._lowest_failed(line)
             if rank == self._world.rank and self._store.compare_set(_PRINTER, "", str(rank)) == str(rank).encode():
                 print_error(line)
-            self._call_on_failure(line)
+            self._call_on_failure(line, exit_code)
             self._linger()
         finally:
             _exit_now(exit_code)
@@ -131,13 +138,14 @@ class FailureWatch:
     def _end_without_store(self) -> NoReturn:
         self._ending.acquire()
         line = "rank 0, which hosts the job's store, is gone; see its own output"
+        exit_code = EXIT_STOPPED if self._stop is not None and self._stop.asked else EXIT_USER_ERROR
         try:
             # Without the store nobody can be asked who else knows: one line per node.
             if self._world.rank == 1 or self._world.local_rank == 0:
                 print_error(line)
-            self._call_on_failure(line)
+            self._call_on_failure(line, exit_code)
         finally:
-            _exit_now()
+            _exit_now(exit_code)
 
     def _lowest_failed(self, default: str) -> tuple[int, str]:
         for rank in range(self._world.world_size):
@@ -145,8 +153,8 @@ class FailureWatch:
                 return rank, self._store.get(f"{_FAILED}/{rank}").decode()
         return self._world.rank, default
 
-    def _call_on_failure(self, line: str) -> None:
-        closing = threading.Thread(target=self._on_failure, args=(line,), daemon=True)
+    def _call_on_failure(self, line: str, exit_code: int) -> None:
+        closing = threading.Thread(target=self._on_failure, args=(line, exit_code), daemon=True)
         closing.start()
         closing.join(_CLOSING_S)
 
@@ -169,7 +177,7 @@ class FailureWatch:
             time.sleep(_TICK_S)
 
 
-def _exit_now(exit_code: int = EXIT_USER_ERROR) -> NoReturn:
+def _exit_now(exit_code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(exit_code)

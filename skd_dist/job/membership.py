@@ -32,7 +32,7 @@ class Job:
     devices: tuple[str, ...]
     """`node/device` of every global rank; equal entries share a device."""
     timeout: timedelta
-    """How long ranks wait in a collective, and at an agreed point for a rank that gives no sign of life."""
+    """How long ranks wait at an agreed point for a rank that gives no sign of life."""
     saved_environ: Mapping[str, str | None]
     """What `leave_job` puts back; None for variables that were not set."""
 

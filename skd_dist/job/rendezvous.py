@@ -49,6 +49,7 @@ def join_job(
     network_interface: str | None,
     device_kind: Literal["cpu", "cuda"],
     timeout: timedelta,
+    collective_timeout: timedelta | None = None,
 ) -> Job:
     """Join the world of this rank's role, and the link group if there are teacher ranks. Collective over all ranks.
 
@@ -59,7 +60,8 @@ def join_job(
         roles: the same on every rank.
         network_interface: the user's choice, or None for the route to MASTER_ADDR.
         device_kind: what this launch computes on.
-        timeout: for the meeting, for every later agreement and for collectives.
+        timeout: for the meeting, and for every later agreement.
+        collective_timeout: for collectives of the role; default `timeout`.
 
     Raises:
         UserError: this rank cannot reach the others.
@@ -67,7 +69,7 @@ def join_job(
     """
     saved = {name: os.environ.get(name) for name in _VARIABLES}
     try:
-        return _join(world, roles, network_interface, device_kind, timeout, saved)
+        return _join(world, roles, network_interface, device_kind, timeout, collective_timeout or timeout, saved)
     except BaseException:
         _restore(saved)
         raise
@@ -90,6 +92,7 @@ def _join(
     network_interface: str | None,
     device_kind: Literal["cpu", "cuda"],
     timeout: timedelta,
+    collective_timeout: timedelta,
     saved: Mapping[str, str | None],
 ) -> Job:
     interface = _choose_interface(world, network_interface)
@@ -113,7 +116,7 @@ def _join(
             store=dist.PrefixStore(f"{role}s", store),
             rank=role_rank,
             world_size=role_size,
-            timeout=timeout,
+            timeout=collective_timeout,
         )
         link_group = _open_link_group(world, store, timeout) if roles.teacher_ranks else None
     except RuntimeError as error:

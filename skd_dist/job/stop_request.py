@@ -11,11 +11,15 @@ orphans. So every rank watches the processes above it.
 import os
 import signal
 import threading
-from collections.abc import Callable
-from types import FrameType
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import psutil
 import torch.distributed as dist
+
+from skd_dist.job.consensus import print_error
+from skd_dist.job.heartbeat import PERIOD_S
+from skd_dist.job.signals import SignalEar
 
 _KEY = "stop"
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -30,16 +34,19 @@ class StopRequest:
     Args:
         grace_s: from the first sign until `too_late` is called, > 0.
         too_late: ends the process; called in a thread.
+        launchers: processes that are watched; from `launchers_above` when this process began.
     """
 
-    def __init__(self, *, grace_s: float, too_late: Callable[[], None]) -> None:
+    def __init__(
+        self, *, grace_s: float, too_late: Callable[[], None], launchers: Sequence[psutil.Process] = ()
+    ) -> None:
         self._grace_s = grace_s
         self._too_late = too_late
         self._asked = threading.Event()
         self._posted = False
-        self._launchers = launchers_above(os.getpid())
-        for number in _SIGNALS:
-            signal.signal(number, self._on_signal)
+        self._asking = threading.Lock()
+        self._launchers = launchers
+        self._ear = SignalEar(_SIGNALS, self._ask)
 
     @property
     def asked(self) -> bool:
@@ -51,7 +58,7 @@ class StopRequest:
         Raises:
             torch.distributed.DistError: the store is gone.
         """
-        if not all(launcher.is_running() for launcher in self._launchers):
+        if any(map(is_gone, self._launchers)):
             self._ask()
         if self.asked and not self._posted:
             store.set(_KEY, "")
@@ -62,23 +69,51 @@ class StopRequest:
 
     def ignore_signals(self) -> None:
         """The end has been agreed on; nothing may change the exit code any more."""
-        for number in _SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._ask()
+        self._ear.ignore()
 
     def _ask(self) -> None:
-        if not self.asked:
-            self._asked.set()
-            timer = threading.Timer(self._grace_s, self._too_late)
-            timer.daemon = True
-            timer.start()
+        with self._asking:
+            if not self.asked:
+                self._asked.set()
+                timer = threading.Timer(self._grace_s, self._too_late)
+                timer.daemon = True
+                timer.start()
+
+
+@contextmanager
+def ending_with(launchers: Sequence[psutil.Process], *, speaks: bool) -> Iterator[None]:
+    """End this process if one of its launchers dies meanwhile: while the ranks meet there is nothing to save.
+
+    Args:
+        speaks: whether this process says so; one of a node should.
+    """
+    met = threading.Event()
+
+    def watch() -> None:
+        while not met.wait(PERIOD_S):
+            if any(map(is_gone, launchers)):
+                if speaks:
+                    print_error("the launcher of this job is gone; no run has begun")
+                os._exit(EXIT_STOPPED)
+
+    threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
+    try:
+        yield
+    finally:
+        met.set()
 
 
 def launchers_above(pid: int) -> list[psutil.Process]:
     """The processes above this one that belong to the launcher: launch.py, and `deepspeed` itself on this node."""
     return [parent for parent in psutil.Process(pid).parents() if _is_launcher(parent)]
+
+
+def is_gone(process: psutil.Process) -> bool:
+    """Whether a process has ended, also where nobody has asked for its exit code yet."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _is_launcher(process: psutil.Process) -> bool:

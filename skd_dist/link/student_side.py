@@ -9,7 +9,7 @@ first that has it again. An answer does not depend on who gives it, so a loss ch
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -40,6 +40,7 @@ class RemoteLink:
         timeout: for meeting the teachers, for one payload whose header has come, and for a teacher without a sign of
             life.
         teacher_timeout_s: how long all teachers may be without their model, > 0.
+        is_stopping: whether the job has been asked to stop: then a teacher without its model is not waited for.
 
     Raises:
         UserError: a teacher cannot be reached.
@@ -54,10 +55,12 @@ class RemoteLink:
         run_key: str,
         timeout: timedelta,
         teacher_timeout_s: float,
+        is_stopping: Callable[[], bool] = lambda: False,
         make_transport: MakeTransport = choose_transport,
     ) -> None:
         self._timeout = timeout
         self._teacher_timeout_s = teacher_timeout_s
+        self._is_stopping = is_stopping
         self._ages = PeerAges(job.store)
         self._teachers: list[Answerer] = []
         for rank in job.roles.teachers_of(job.world.rank):
@@ -190,11 +193,13 @@ class RemoteLink:
     def _check_any_up(self, waiting_since_s: float) -> None:
         if self._none_up_since_s is None:
             return
-        if time.monotonic() - max(self._none_up_since_s, waiting_since_s) > self._teacher_timeout_s:
+        waited_s = time.monotonic() - max(self._none_up_since_s, waiting_since_s)
+        if waited_s > self._teacher_timeout_s or self._is_stopping():
             self._is_broken = True
+            limit = f"--teacher-timeout {self._teacher_timeout_s:g}"
             raise NoTeacherError(
                 "no teacher is left",
-                got=f"no answer for {self._teacher_timeout_s:g} s (--teacher-timeout) after {self._how_lost}",
+                got=f"no answer for {waited_s:.0f} s ({limit}) after {self._how_lost}",
                 do="see the output of that rank; continue with --resume",
             )
 

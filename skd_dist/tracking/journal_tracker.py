@@ -6,6 +6,7 @@ equal values prove that nothing was lost, and a difference is an event of its ow
 
 import json
 import math
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any, Protocol
@@ -39,6 +40,9 @@ class Replica(Protocol):
 class JournalTracker:
     """A `RunTracker` on a journal.
 
+    A run may be ended by another thread than the one that trains: what is said after the end is neither written nor an
+    error.
+
     Args:
         journal: of the run, open.
         replica: follows the journal.
@@ -55,39 +59,48 @@ class JournalTracker:
         self._written: dict[_Place, set[str]] = {}
         self._stage: str | None = None
         self._has_ended = False
+        self._saying = threading.RLock()
         self._num_differences = 0
         self._is_full = False
 
     def start_child(self, name: str, params: Mapping[str, object]) -> None:
         """A stage begins, or goes on."""
-        assert self._stage is None, "one stage at a time"
-        self._stage = name
-        self._record("stage_started", stage=name, params=dict(params))
+        with self._saying:
+            if self._has_ended:
+                return
+            assert self._stage is None, "one stage at a time"
+            self._stage = name
+            self._record("stage_started", stage=name, params=dict(params))
 
     def log_metrics(self, values: Mapping[str, float], *, step: int, child: bool) -> None:
         """Metrics of one step of the open stage, or of the run."""
-        place = (self._stage if child else None, step)
-        known, written = self._known.get(place, {}), self._written.setdefault(place, set())
-        assert written.isdisjoint(values), f"{sorted(written & set(values))} twice at {place}"
-        written.update(values)
-        self._compare(place, {name: value for name, value in values.items() if name in known}, known)
-        new = {name: value for name, value in values.items() if name not in known}
-        if new:
-            self._record("metrics", stage=place[0], step=step, values=new)
+        with self._saying:
+            if self._has_ended:
+                return
+            place = (self._stage if child else None, step)
+            known, written = self._known.get(place, {}), self._written.setdefault(place, set())
+            assert written.isdisjoint(values), f"{sorted(written & set(values))} twice at {place}"
+            written.update(values)
+            self._compare(place, {name: value for name, value in values.items() if name in known}, known)
+            new = {name: value for name, value in values.items() if name not in known}
+            if new:
+                self._record("metrics", stage=place[0], step=step, values=new)
 
     def end_child(self, status: str) -> None:
         """Close the open stage, if there is one."""
-        if self._stage is not None:
-            stage, self._stage = self._stage, None
-            self._record("stage_ended", stage=stage, status=status)
+        with self._saying:
+            if self._stage is not None:
+                stage, self._stage = self._stage, None
+                self._record("stage_ended", stage=stage, status=status)
 
     def end(self, status: str) -> None:
         """Close the stage and the run; the first call counts. Waits a few seconds for the replica, never longer."""
-        if self._has_ended:
-            return
-        self._has_ended = True
-        self.end_child(status)
-        self._record("run_ended", status=status)
+        with self._saying:
+            if self._has_ended:
+                return
+            self.end_child(status)
+            self._record("run_ended", status=status)
+            self._has_ended = True
         self._replica.close(timeout_s=_CLOSE_S)
         self._journal.close()
 
@@ -120,16 +133,19 @@ class JournalTracker:
 
     def _record(self, kind: Kind, **data: Any) -> None:
         """A full disk is no reason to end a run: what could not be written is written when there is room."""
-        try:
-            self._journal.append(kind, **data)
-        except OSError as error:
-            if not self._is_full:
-                self._notify(
-                    f"journal {self._journal.path} cannot be written ({error.strerror}); events wait in memory"
-                )
-            self._is_full = True
-        else:
-            self._is_full = False
+        with self._saying:
+            if self._has_ended:
+                return
+            try:
+                self._journal.append(kind, **data)
+            except OSError as error:
+                if not self._is_full:
+                    self._notify(
+                        f"journal {self._journal.path} cannot be written ({error.strerror}); events wait in memory"
+                    )
+                self._is_full = True
+            else:
+                self._is_full = False
 
     def _say_once(self, kind: Kind, **data: Any) -> None:
         """Not again what an earlier attempt said in the same words."""

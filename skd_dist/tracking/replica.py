@@ -149,6 +149,12 @@ def remember(path: Path, offset: int, summary: Mapping[str, object]) -> None:
     temporary.replace(path)
 
 
+def known_runs(run_dir: Path) -> dict[str, Any]:
+    """The MLflow runs of a run directory, as far as the replica has come; nothing where it has not. Reads one file."""
+    state = recall(run_dir / FILE)
+    return {name: state[name] for name in ("tracking_uri", "parent_run_id", "child_run_ids") if name in state}
+
+
 def recall(path: Path) -> dict[str, Any]:
     """What was remembered; nothing where there is nothing to read."""
     try:

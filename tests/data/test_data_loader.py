@@ -192,6 +192,22 @@ def test_broken_image_is_one_line(tmp_path: Path, write_tar: WriteTar, num_worke
     assert multiprocessing.active_children() == []
 
 
+@few_cores
+@pytest.mark.parametrize("num_taken", [0, 1, 2])
+def test_who_leaves_in_the_middle_leaves_no_worker(noise_set: Path, num_taken: int) -> None:
+    """Also while somebody else still holds the stream, as the traceback of whatever made one leave does."""
+    batches = eval_batches(
+        open_set(noise_set, transform=EVAL), batch_size=4, student_rank=0, num_students=1, num_workers=2
+    )
+    reader = (batch.keys for batch in batches)
+    for _ in range(num_taken):
+        next(reader)
+    assert len(multiprocessing.active_children()) == 2
+    batches.close()
+    assert multiprocessing.active_children() == []
+    assert next(reader, None) is None
+
+
 class Bomb:
     """Leaves a file behind when it is unpickled."""
 

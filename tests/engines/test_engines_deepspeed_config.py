@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from skd_dist.engines import load_deepspeed_config
-from skd_dist.engines.deepspeed_config import autocast_dtype, complete_config, gradient_clipping
+from skd_dist.engines.deepspeed_config import arithmetic_of, autocast_dtype, complete_config, gradient_clipping
 from skd_dist.errors import UserError
 from skd_dist.plan import OptimizerSpec
 
@@ -34,6 +34,36 @@ def test_shipped_files_set_zero_and_precision_only(name: str, zero_stage: int) -
     assert config["zero_optimization"]["stage"] == zero_stage
     assert autocast_dtype(config) == (None if name == "cpu" else torch.bfloat16)
     assert ("offload_optimizer" in config["zero_optimization"]) == (name == "zero2_offload")
+
+
+PLAIN = {"autocast_dtype": "float32", "gradient_clipping": 0.0, "deepspeed_config": {}}
+
+
+@pytest.mark.parametrize(
+    ("config", "changes"),
+    [
+        ({}, {}),
+        ({"zero_optimization": {"stage": 3, "overlap_comm": True}, "steps_per_print": 5}, {}),
+        ({"torch_autocast": {"enabled": False, "dtype": "bfloat16"}, "gradient_clipping": 0}, {}),
+        ({"torch_autocast": {"enabled": True}}, {"autocast_dtype": "bfloat16"}),
+        ({"torch_autocast": {"enabled": True, "dtype": "bf16"}}, {"autocast_dtype": "bfloat16"}),
+        ({"gradient_clipping": 1}, {"gradient_clipping": 1.0}),
+        ({"communication_data_type": "fp16"}, {"deepspeed_config": {"communication_data_type": "fp16"}}),
+        (
+            {"zero_optimization": {"zero_quantized_gradients": True, "zero_quantized_weights": False}},
+            {"deepspeed_config": {"zero_quantized_gradients": True}},
+        ),
+        (
+            {"torch_autocast": {"enabled": True, "lower_precision_safe_modules": ["torch.nn.Linear"]}},
+            {
+                "autocast_dtype": "bfloat16",
+                "deepspeed_config": {"lower_precision_safe_modules": ["torch.nn.Linear"]},
+            },
+        ),
+    ],
+)
+def test_what_decides_the_numbers(config: dict[str, Any], changes: dict[str, Any]) -> None:
+    assert arithmetic_of(config) == PLAIN | changes
 
 
 def test_default_follows_the_device() -> None:

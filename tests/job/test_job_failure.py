@@ -106,7 +106,9 @@ def agree_then_fail(directory):
     stopped.stop()
     assert not stopped._thread.is_alive()
 
-    watch = failure.FailureWatch(job, on_failure=lambda line: (directory / f"closed-{rank}").write_text(line))
+    watch = failure.FailureWatch(
+        job, on_failure=lambda line, exit_code: (directory / f"closed-{rank}").write_text(line)
+    )
     if rank == 0:
         # Blocked for good, because the other student fails instead of joining in; torn when that one leaves first.
         with contextlib.suppress(RuntimeError):
@@ -127,7 +129,7 @@ def lose_rank_0(directory):
         # Look at the store only once rank 0 is gone, not in the moment in which it has posted and still lives.
         failure.beat = partial(beat_when_gone, pid_0)
     kill = partial(os.kill, os.getpid(), signal.SIGKILL)
-    watch = failure.FailureWatch(job, on_failure=lambda line: kill() if rank == 0 else None)
+    watch = failure.FailureWatch(job, on_failure=lambda line, exit_code: kill() if rank == 0 else None)
     watch._timeout_s = 5.0
     time.sleep(60)
 

@@ -64,7 +64,7 @@ def test_a_model_that_never_lives_to_answer_is_no_teacher(worlds):
     assert [result.code for result in results] == [0, 0], results
     [student] = reports(results, "no teacher")
     assert student["line"] == (
-        "no teacher is left; got no answer for 1 s (--teacher-timeout) after teacher rank 1: out of memory; "
+        "no teacher is left; got no answer for 1 s (--teacher-timeout 1) after teacher rank 1: out of memory; "
         "see the output of that rank; continue with --resume"
     )
     [teacher] = reports(results, "left")

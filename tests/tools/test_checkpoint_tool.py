@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +12,14 @@ from skd_dist.resume_point import Part, commit, start_writing, write_part
 from tools.checkpoint import main
 
 
-def publish(root: Path, step: int) -> Path:
+def publish(root: Path, step: int, mlflow: dict[str, Any] | None = None) -> Path:
     start_writing(root, step)
     part = Part(engine={"engine.pt": {"step": step}}, tensors={"rank-0000.safetensors": {"x": torch.zeros(3)}})
-    record = {"identity": {"num_students": 2, "engine": "deepspeed, ZeRO 2"}}
+    record: dict[str, Any] = {
+        "stage": {"name": "stage1"},
+        "identity": {"num_students": 2, "engine": "deepspeed, ZeRO 2"},
+        "mlflow": mlflow or {},
+    }
     return commit(root, step, files=write_part(root, step, part), record=record)
 
 
@@ -23,8 +28,9 @@ def run_dir(tmp_path: Path) -> Path:
     (tmp_path / "config.json").write_text("{}")
     record = {"stage": {"num_steps": 30}, "weights_digest": "0123456789abcdef"}
     write_stage_result(tmp_path / "stages" / "00-stem", {"w": torch.ones(2)}, record)
-    for step in (10, 20):
-        publish(tmp_path / "resume" / "01-stage1", step)
+    known = {"tracking_uri": "sqlite:///mlflow.db", "parent_run_id": "0a1b", "child_run_ids": {"stage1": "2c3d"}}
+    for step, mlflow in ((10, None), (20, known)):
+        publish(tmp_path / "resume" / "01-stage1", step, mlflow)
     return tmp_path
 
 
@@ -44,6 +50,12 @@ def test_inspect(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "01-stage1  resume point 00000020  broken: manifest.json is missing",
         "01-stage1  set aside as broken-00000015-0",
     ]
+
+
+def test_inspect_names_the_mlflow_runs_that_were_known(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(run_dir)]) == 0
+    one, other = capsys.readouterr().out.splitlines()[1:]
+    assert one.endswith("deepspeed, ZeRO 2") and other.endswith("deepspeed, ZeRO 2  MLflow run 0a1b, stage 2c3d")
 
 
 def test_verify(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,4 +85,4 @@ def test_a_directory_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_manifests_are_plain_json(run_dir: Path) -> None:
     manifest = json.loads((run_dir / "resume/01-stage1/00000020/manifest.json").read_text())
-    assert sorted(manifest) == ["files", "identity", "step"]
+    assert sorted(manifest) == ["files", "identity", "mlflow", "stage", "step"]

@@ -1,6 +1,7 @@
 """What a run writes down is in its journal once; what a resumed run computes again is compared."""
 
 import math
+import threading
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,28 @@ def test_the_first_end_counts_and_closes_the_open_stage(tmp_path: Path) -> None:
     tracker.end("FINISHED")
     ends = [dict(e.data) for e, _ in read_events(tmp_path / "journal.jsonl") if e.kind.endswith("_ended")]
     assert ends == [{"stage": "stem", "status": "FAILED"}, {"status": "FAILED"}]
+
+
+def test_what_is_said_after_the_end_is_not_written(tmp_path: Path) -> None:
+    """Another thread has ended the run while this one was training."""
+    notices: list[str] = []
+    tracker = attempt(tmp_path, notices)
+    tracker.start_child("stem", {})
+    tracker.log_metrics({"train/loss": 1.0}, step=1, child=True)
+    tracker.log_metrics({"train/loss": 1.0}, step=1, child=False)
+    ending = threading.Thread(target=tracker.end, args=("KILLED",))
+    ending.start()
+    ending.join()
+    written = (tmp_path / "journal.jsonl").read_bytes()
+    tracker.log_metrics({"train/loss": 2.0}, step=1, child=True)
+    tracker.log_published("resume_point", stage="stem", step=1)
+    tracker.log_resumed(stage="stem", step=1, rel_tol=0.0)
+    tracker.end_child("FINISHED")
+    tracker.start_child("stage1", {})
+    tracker.start_child("stage2", {})
+    tracker.set_tags({"a": 1})
+    tracker.end("FINISHED")
+    assert (tmp_path / "journal.jsonl").read_bytes() == written and notices == []
 
 
 def test_every_call_is_taken(tmp_path: Path) -> None:

@@ -1,0 +1,213 @@
+"""A stage as one student lives it, from its engine to its published result: where it may be stopped, and goes on."""
+
+import dataclasses
+import itertools
+import multiprocessing
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from skd_dist.checkpointer import Preempted
+from skd_dist.config import RunConfig
+from skd_dist.display import RunDisplay
+from skd_dist.engines import EngineSpec
+from skd_dist.job.blackboard import Blackboard
+from skd_dist.link.ask_ahead import AskAhead
+from skd_dist.link.inline import InlineLink
+from skd_dist.models.create import create_model
+from skd_dist.prepare import Prepared, prepare_run, unpack_embedded_data
+from skd_dist.resume_point import newest_sound
+from skd_dist.stage_runner import train_stage
+from skd_dist.stage_side import FoundPoint, State, StudentSide
+from skd_dist.student_run import initial_state, measure_student, measure_teacher
+from skd_dist.teacher import FrozenTeacher
+from skd_dist.tracking import Journal, read_events
+from skd_dist.tracking.journal_tracker import JournalTracker
+from skd_dist.tracking.replica import FILE as REPLICA_FILE
+from skd_dist.tracking.replica import remember
+
+CPU = torch.device("cpu")
+NUM_STEPS, NUM_VAL_BATCHES = 3, 8
+CALLS_PER_STEP = 1 + 1 + NUM_VAL_BATCHES
+"""How often a student is asked whether it was asked to stop: with the loss, before a validation, after its batches."""
+
+
+# torch warns where there are fewer cores than workers; the tests do not care about speed.
+few_cores = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+
+
+class NoReplica:
+    def flush(self, *, timeout_s: float) -> None: ...
+
+    def close(self, *, timeout_s: float) -> None: ...
+
+    def summary(self) -> dict[str, object]:
+        return {}
+
+
+def prepare(folder: Path) -> Prepared:
+    config = RunConfig(
+        train_shards="digits:train",
+        val_shards="digits:val",
+        teacher="skd_narrow_resnet26",
+        student="skd_narrow_resnet10",
+        allow_untrained_teacher=True,
+        num_classes=10,
+        image_size=32,
+        fraction=0.1,
+        augment="shift",
+        global_batch_size=24,
+        num_workers=0,
+        stage_duration=f"{NUM_STEPS}steps",
+        head_duration="1steps",
+        lr=1e-2,
+        stage_weights="best",
+        checkpoint_every="100steps",
+        run_dir=folder / "run",
+    )
+    unpack_embedded_data(config)
+    return prepare_run(config, num_students=1)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    return prepare(tmp_path_factory.mktemp("runs"))
+
+
+def never() -> bool:
+    return False
+
+
+def at_call(number: int) -> Callable[[], bool]:
+    """Asked to stop at the n-th time that somebody wants to know."""
+    calls = itertools.count(1)
+    return lambda: next(calls) == number
+
+
+def student(prepared: Prepared, run_dir: Path, stop_asked: Callable[[], bool] = never) -> StudentSide:
+    """One attempt at the run; what an earlier one has left in its directory is found."""
+    run_dir.mkdir(exist_ok=True)
+    prepared = dataclasses.replace(prepared, config=dataclasses.replace(prepared.config, run_dir=run_dir))
+    cut = prepared.models.teacher
+    assert cut is not None
+    model = create_model(cut.name, num_classes=10, image_size=32, seed=1)
+    teacher = FrozenTeacher(model, cut=cut, device=CPU, dtype=torch.float32)
+    found = newest_sound(run_dir / "resume" / prepared.plan.stages[0].directory_name, notify=pytest.fail)
+    return StudentSide(
+        prepared=prepared,
+        student_rank=0,
+        device=CPU,
+        engine_spec=EngineSpec(kind="torch"),
+        ask=AskAhead(InlineLink(teacher.answer), depth=2),
+        tracker=JournalTracker(Journal(run_dir / "journal.jsonl"), replica=NoReplica(), notify=pytest.fail),
+        display=RunDisplay(enabled=False),
+        teacher_digest=None,
+        teacher_dtype=None,
+        num_done=0,
+        resume_point=FoundPoint(stage_index=0, path=found[0], manifest=found[1]) if found else None,
+        board=Blackboard(dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=20)),
+        stop_asked=stop_asked,
+    )
+
+
+def train_first_stage(side: StudentSide) -> State:
+    return train_stage(side, side.prepared.plan.stages[0], initial_state(side))[0]
+
+
+def metrics(run_dir: Path) -> dict[tuple[str | None, int, str], Any]:
+    """What the journal has, but for what measures time; nothing in it is there twice, or differs after a resume."""
+    found: dict[tuple[str | None, int, str], Any] = {}
+    for event, _ in read_events(run_dir / "journal.jsonl"):
+        assert event.kind != "differs", event
+        for name, value in event.data.get("values", {}).items():
+            key = (event.data["stage"], event.data["step"], name)
+            assert key not in found
+            if not name.startswith("perf/"):
+                found[key] = value
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> tuple[State, dict[Any, Any]]:
+    run_dir = tmp_path_factory.mktemp("undisturbed")
+    return train_first_stage(student(prepared, run_dir)), metrics(run_dir)
+
+
+@pytest.mark.parametrize("call", [1, 2, 3, 2 + NUM_VAL_BATCHES, 16, 2 * CALLS_PER_STEP + 2, NUM_STEPS * CALLS_PER_STEP])
+def test_a_stop_in_a_validation_acts_there_and_loses_nothing(
+    prepared: Prepared, undisturbed: tuple[State, dict[Any, Any]], tmp_path: Path, call: int
+) -> None:
+    step = 1 + (call - 1) // CALLS_PER_STEP
+    with pytest.raises(Preempted, match=f"^stopped after step {step}$"):
+        train_first_stage(student(prepared, tmp_path, at_call(call)))
+    again = student(prepared, tmp_path)
+    assert again.resume_point is not None and again.resume_point.manifest["step"] == step
+    assert again.resume_point.manifest["mlflow"] == {}
+    state = train_first_stage(again)
+    expected, expected_metrics = undisturbed
+    assert [name for name, value in expected.items() if not torch.equal(value, state[name])] == []
+    assert metrics(tmp_path) == expected_metrics and len(expected_metrics) > 20
+
+
+def test_who_is_stopped_again_and_again_in_one_validation_saves_once(prepared: Prepared, tmp_path: Path) -> None:
+    """The state that comes after a part of a validation is the one before it."""
+    for call in (5, 1, 4):
+        with pytest.raises(Preempted, match=r"^stopped after step 1$"):
+            train_first_stage(student(prepared, tmp_path, at_call(call)))
+    events = [event for event, _ in read_events(tmp_path / "journal.jsonl")]
+    published = [event.data["step"] for event in events if event.kind == "published"]
+    (stage,) = (tmp_path / "resume").iterdir()
+    assert published == [1] and sorted(path.name for path in stage.iterdir()) == ["00000001", "LATEST.json"]
+
+
+def test_a_validation_leaves_the_random_state_alone(prepared: Prepared, tmp_path: Path) -> None:
+    states = []
+    for call in (1, 6):
+        with pytest.raises(Preempted):
+            train_first_stage(student(prepared, tmp_path / f"{call}", at_call(call)))
+        (point,) = (tmp_path / f"{call}").glob("resume/*/00000001/rank-0000.safetensors")
+        states.append({name: value for name, value in load_file(point).items() if name.startswith("rng/")})
+    assert len(states[0]) == 5
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_a_resume_point_names_the_mlflow_runs_known_so_far(prepared: Prepared, tmp_path: Path) -> None:
+    side = student(prepared, tmp_path, at_call(1))
+    known = {"tracking_uri": "sqlite:///mlflow.db", "parent_run_id": "0a1b", "child_run_ids": {"stem": "2c3d"}}
+    remember(tmp_path / REPLICA_FILE, 7, known)
+    with pytest.raises(Preempted):
+        train_first_stage(side)
+    point = student(prepared, tmp_path).resume_point
+    assert point is not None and point.manifest["mlflow"] == known
+
+
+@few_cores
+@pytest.mark.parametrize("call", [1, 4])
+def test_who_stops_leaves_no_loader_worker(prepared: Prepared, tmp_path: Path, call: int) -> None:
+    """In training, and in a validation; what made them stop holds all that was at work."""
+    config = dataclasses.replace(prepared.config, num_workers=2)
+    side = student(dataclasses.replace(prepared, config=config), tmp_path, at_call(call))
+    with pytest.raises(Preempted) as caught:
+        train_first_stage(side)
+    assert multiprocessing.active_children() == [] and caught.value.__traceback__ is not None
+    with pytest.raises(Preempted):
+        measure_teacher(dataclasses.replace(side, stop_asked=at_call(1)))
+    with pytest.raises(Preempted):
+        measure_student(dataclasses.replace(side, stop_asked=at_call(1)), initial_state(side), "val")
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize("call", [1, 4])
+def test_a_stop_outside_the_stages_acts_at_once(prepared: Prepared, tmp_path: Path, call: int) -> None:
+    with pytest.raises(Preempted, match=r"^stopped while the teacher was measured$"):
+        measure_teacher(student(prepared, tmp_path, at_call(call)))
+    side = student(prepared, tmp_path, at_call(call))
+    with pytest.raises(Preempted, match=r"^stopped while the student was measured on val$"):
+        measure_student(side, initial_state(side), "val")
+    assert not (tmp_path / "resume").exists()
