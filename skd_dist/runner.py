@@ -35,6 +35,7 @@ from skd_dist.run_setup import (
     device_kind,
     device_of,
     engine_spec_of,
+    keep_micro_batch_size,
     load_teacher,
     make_link,
     open_record,
@@ -144,6 +145,7 @@ def run_once(config: RunConfig, job: Job, *, key: str, guards: Guards) -> list[d
         prepared = prepare_together(job, config, key)
         teacher, digest = load_teacher(job, prepared, key)
         run_key, num_done, point = open_record(job, prepared, digest, key)
+        prepared = keep_micro_batch_size(prepared, point)
     except JobEnded as ended:
         guards.emergency.fail(str(ended))
         _remove_if_empty(job, config.run_dir)
