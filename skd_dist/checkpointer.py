@@ -20,12 +20,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from skd_dist.contracts import Engine
+from skd_dist.conversion import STUDENTS, convert
 from skd_dist.duration import Interval
 from skd_dist.errors import NoTeacherError, UserError
 from skd_dist.job.blackboard import Blackboard
 from skd_dist.meters import any_student
 from skd_dist.progress import StageProgress
-from skd_dist.rank_state import capture_rank_state, remember_rank_state, restore_rank_state
+from skd_dist.rank_state import capture_rank_state, remember_rank_state, restore_buffers, restore_rank_state
 from skd_dist.resume_point import (
     ENGINE,
     FROZEN,
@@ -41,7 +42,6 @@ from skd_dist.resume_point import (
 BEST = "best.safetensors"
 """The weights chosen so far, where a stage hands on its best ones."""
 
-_PROGRESS = "progress/"
 _MAX_NAMED = 5
 
 
@@ -181,20 +181,51 @@ class Checkpointer:
             )
 
     def restore(self, point: Path, manifest: Mapping[str, Any]) -> StageProgress:
-        """Put engine and process into the state of a resume point. Collective."""
+        """Put engine and process into the state of a resume point of as many students. Collective."""
         self._engine.restore(point / ENGINE)
         tensors = load_file(point / rank_file(self._board.rank))
         restore_rank_state(tensors, self._engine.module, self._device)
         self._saved_step = manifest["step"]
+        self._restore_chosen(point, manifest)
+        return StageProgress.from_tensors(tensors)
+
+    def restore_converted(self, point: Path, manifest: Mapping[str, Any]) -> StageProgress:
+        """Put the engine into the state of a resume point of any number of students. Collective.
+
+        Random states are not restored: new students have none. What was counted and not yet reported goes on with the
+        first student.
+
+        Raises:
+            UserError: the resume point cannot be converted; on all students.
+        """
+        converted = self._convert(point, manifest)
+        self._engine.restore(converted / ENGINE)
+        tensors = load_file(converted / STUDENTS)
+        restore_buffers(tensors, self._engine.module)
+        self._restore_chosen(point, manifest)
+        progress = StageProgress.from_tensors(tensors)
+        return progress if self._board.rank == 0 else progress.with_empty_window()
+
+    def _convert(self, point: Path, manifest: Mapping[str, Any]) -> Path:
+        """The first student converts, all learn what came of it."""
+        outcome: dict[str, Any] = {}
+        if self._board.rank == 0:
+            outcome = self._try(lambda: {"converted": str(convert(point, manifest, notify=self._notify))})
+        outcome = self._all_say("resume point converted", outcome)[0]
+        if "error" in outcome:
+            raise UserError(
+                f"resume point {point} cannot be converted for another number of students",
+                got=outcome["error"],
+                do=f"go on with {manifest['identity']['num_students']} students",
+            )
+        return Path(outcome["converted"])
+
+    def _restore_chosen(self, point: Path, manifest: Mapping[str, Any]) -> None:
         if BEST in manifest["files"]:
             self.chosen, self.chosen_values = load_file(point / BEST), manifest["chosen_values"]
-        return StageProgress.from_tensors(
-            {name.removeprefix(_PROGRESS): value for name, value in tensors.items() if name.startswith(_PROGRESS)}
-        )
 
     def _part(self, progress: StageProgress) -> Part:
-        own = capture_rank_state(self._engine.module, self._device)
-        own |= {f"{_PROGRESS}{name}": value for name, value in progress.to_tensors().items()}
+        own = capture_rank_state(self._engine.module, self._device) | progress.to_tensors()
         tensors: dict[str, Mapping[str, Tensor]] = {rank_file(self._board.rank): own}
         if self._board.rank == 0:
             tensors[FROZEN] = self._frozen
@@ -215,6 +246,8 @@ class Checkpointer:
         """What an action on the disk came to; a disk that fails is no reason to end a run."""
         try:
             found = action()
+        except UserError as error:
+            return {"error": error.line}
         except (OSError, RuntimeError, SafetensorError, BrokenError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).partition("\n")[0]
             return {"error": f"{reason} ({self._root}, pid {os.getpid()})"}

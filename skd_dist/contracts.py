@@ -133,7 +133,8 @@ class Engine(Protocol):
     def restore(self, directory: Path) -> None:
         """Go on from the snapshots in a directory, on a fresh engine of the same stage and as many students.
 
-        Collective. Reading them unpickles: only directories of one's own run may be given.
+        After `engines.convert_snapshot` on any number of students. Collective. Reading them unpickles: only directories
+        of one's own run may be given.
         """
         ...
 

@@ -5,7 +5,7 @@ way are part of it, and the losses of all steps so far.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from skd_dist.meters import Meter, sum_over_students
 
-_WINDOW, _LAST = "window/", "last/"
+_PREFIX = "progress/"
+_WINDOW, _LAST = f"{_PREFIX}window/", f"{_PREFIX}last/"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -33,28 +34,47 @@ class StageProgress:
     data_wait_s: float = 0.0
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """All of it, for a file."""
+        """All of it, for a file; every name begins with `progress/`."""
         numbers = [self.step, self.seconds, self.teacher_wait_s, self.data_wait_s]
         return {
-            "numbers": torch.tensor(numbers, dtype=torch.float64),
-            "loss_trace": torch.tensor(self.loss_trace, dtype=torch.float64),
+            f"{_PREFIX}numbers": torch.tensor(numbers, dtype=torch.float64),
+            f"{_PREFIX}loss_trace": torch.tensor(self.loss_trace, dtype=torch.float64),
             **{f"{_WINDOW}{name}": pair for name, pair in self.window.totals().items()},
             **{f"{_LAST}{name}": torch.tensor(value, dtype=torch.float64) for name, value in self.last_values.items()},
         }
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "StageProgress":
-        """What `to_tensors` was called on. The order of names is that of the file, equal on all students."""
-        step, seconds, teacher_wait_s, data_wait_s = tensors["numbers"].tolist()
+        """What `to_tensors` was called on; their order is that of the file, equal on all students."""
+        step, seconds, teacher_wait_s, data_wait_s = tensors[f"{_PREFIX}numbers"].tolist()
         return cls(
             step=int(step),
-            loss_trace=tensors["loss_trace"].tolist(),
+            loss_trace=tensors[f"{_PREFIX}loss_trace"].tolist(),
             last_values={name: float(value) for name, value in _under(tensors, _LAST).items()},
             window=Meter(_under(tensors, _WINDOW)),
             seconds=seconds,
             teacher_wait_s=teacher_wait_s,
             data_wait_s=data_wait_s,
         )
+
+    @classmethod
+    def merged(cls, of_students: Sequence["StageProgress"]) -> "StageProgress":
+        """All students as one: their windows added up, their seconds averaged; the rest is equal on all."""
+        first, count = of_students[0], len(of_students)
+        windows = [one.window.totals() for one in of_students]
+        assert all(window.keys() == windows[0].keys() for window in windows), "students count different things"
+        return dataclasses.replace(
+            first,
+            window=Meter({name: torch.stack([window[name] for window in windows]).sum(0) for name in windows[0]}),
+            seconds=sum(one.seconds for one in of_students) / count,
+            teacher_wait_s=sum(one.teacher_wait_s for one in of_students) / count,
+            data_wait_s=sum(one.data_wait_s for one in of_students) / count,
+        )
+
+    def with_empty_window(self) -> "StageProgress":
+        """With nothing counted, under the same names in the same order: another student has the window."""
+        totals = {name: torch.zeros_like(pair) for name, pair in self.window.totals().items()}
+        return dataclasses.replace(self, window=Meter(totals))
 
     def averaged(self) -> "StageProgress":
         """With the seconds averaged over the students. Collective."""

@@ -5,7 +5,7 @@ them. Everything becomes named tensors, so that a resume point is safetensors wh
 """
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -50,12 +50,7 @@ def capture_rank_state(module: nn.Module, device: torch.device) -> dict[str, Ten
 
 def restore_rank_state(state: Mapping[str, Tensor], module: nn.Module, device: torch.device) -> None:
     """Put everything back. The module has the buffers that were captured, by name and shape."""
-    buffers = dict(module.named_buffers())
-    saved = {name.removeprefix(_BUFFER): value for name, value in state.items() if name.startswith(_BUFFER)}
-    assert saved.keys() == buffers.keys(), "another module"
-    with torch.no_grad():
-        for name, buffer in buffers.items():
-            buffer.copy_(saved[name])
+    restore_buffers(state, module)
     torch.set_rng_state(state[f"{_RNG}torch"])
     if device.type == "cuda" and f"{_RNG}cuda" in state:
         torch.cuda.set_rng_state(state[f"{_RNG}cuda"], device)
@@ -65,6 +60,37 @@ def restore_rank_state(state: Mapping[str, Tensor], module: nn.Module, device: t
     *keys, position, has_gauss = state[f"{_RNG}numpy"].tolist()
     cached = float(state[f"{_RNG}numpy_gauss"])
     np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+
+
+def restore_buffers(state: Mapping[str, Tensor], module: nn.Module) -> None:
+    """Put the buffers back, and leave the random states alone."""
+    buffers = dict(module.named_buffers())
+    saved = {name.removeprefix(_BUFFER): value for name, value in state.items() if name.startswith(_BUFFER)}
+    assert saved.keys() == buffers.keys(), "another module"
+    with torch.no_grad():
+        for name, buffer in buffers.items():
+            buffer.copy_(saved[name])
+
+
+def average_buffers(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The buffers of all students as one, as `Engine.full_state` has them at a stage's end.
+
+    Args:
+        states: what each student captured, in rank order.
+
+    Returns:
+        Floating-point buffers as their mean, taken in float64; of the others the first student's. Under the names of
+        the captures, which must not be changed: tensors may be shared with them.
+    """
+    return {
+        name: _mean([state[name] for state in states]) if first.is_floating_point() else first
+        for name, first in states[0].items()
+        if name.startswith(_BUFFER)
+    }
+
+
+def _mean(values: Sequence[Tensor]) -> Tensor:
+    return (torch.stack([value.double() for value in values]).sum(0) / len(values)).to(values[0].dtype)
 
 
 def _optional(value: float | None) -> Tensor:

@@ -4,6 +4,7 @@
                                 /rank-0000.safetensors  buffers, random states and progress of each rank
                                 /frozen.safetensors     parameters that do not train, once
                                 /manifest.json          sizes and sha256 of all of it, and what it belongs to
+                                /any/...                the same for any number of students (`conversion.py`), if made
 
 All ranks write their part into a hidden directory; when all have said that their files are on disk, the first writes
 the manifest, renames the directory and syncs its parent. **A resume point exists when its manifest does**, in a
@@ -92,6 +93,22 @@ def write_part(stage_root: Path, step: int, part: Part) -> FileRecords:
         fsync_path(path)
     reach("publish/synced")
     return {str(path.relative_to(hidden)): _record(path) for path in written}
+
+
+def adopt_engine_files(stage_root: Path, step: int) -> FileRecords:
+    """Force to disk what somebody else has written into the hidden directory's engine folder, in folders of any depth.
+
+    Raises:
+        OSError: the disk is full or cannot be written.
+    """
+    hidden = _hidden(stage_root, step)
+    files: FileRecords = {}
+    for path in sorted((hidden / ENGINE).rglob("*")):
+        fsync_path(path)
+        if path.is_file():
+            files[str(path.relative_to(hidden))] = _record(path)
+            reach("publish/engine-file")
+    return files
 
 
 def commit(stage_root: Path, step: int, *, files: FileRecords, record: Mapping[str, Any]) -> Path:

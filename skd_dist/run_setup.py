@@ -110,6 +110,23 @@ def open_record(job: Job, prepared: Prepared, digest: str | None, key: str) -> t
     return run_key, num_done, FoundPoint(stage_index=num_done, path=path, manifest=verify(path, deep=False))
 
 
+def keep_micro_batch_size(prepared: Prepared, point: FoundPoint | None) -> Prepared:
+    """The run with the micro-batches of its resume point, where the students of this launch can share them.
+
+    Without --micro-batch-size they follow from the number of students. Another number would then change which samples
+    BatchNorm sees together, and with them the losses, by more than rounding.
+    """
+    if point is None or prepared.config.micro_batch_size is not None:
+        return prepared
+    shape, size = prepared.shape, point.manifest["identity"]["micro_batch_size"]
+    grad_accum_steps, rest = divmod(shape.global_batch_size, size * shape.num_students)
+    if rest:
+        return prepared
+    return dataclasses.replace(
+        prepared, shape=dataclasses.replace(shape, micro_batch_size=size, grad_accum_steps=grad_accum_steps)
+    )
+
+
 def choose_point(prepared: Prepared, num_done: int) -> Path | None:
     """The newest sound resume point of the first stage that is not done. One rank calls it, and sets broken ones aside.
 

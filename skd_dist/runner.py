@@ -35,6 +35,7 @@ from skd_dist.run_setup import (
     device_kind,
     device_of,
     engine_spec_of,
+    keep_micro_batch_size,
     open_record,
     prepare_together,
     track_run,
@@ -156,6 +157,7 @@ def run_once(
         teacher, note = load_teacher(job, prepared, key, worker)
         digest = note.digest if note else None
         run_key, num_done, point = open_record(job, prepared, digest, key)
+        prepared = keep_micro_batch_size(prepared, point)
     except JobEnded as ended:
         guards.emergency.fail(str(ended))
         _remove_if_empty(job, config.run_dir)

@@ -1,7 +1,7 @@
 """Where a stage begins: at its first step, or at a resume point that belongs to it.
 
-A resume point that belongs to another plan, teacher, data set or trainable part is refused by name. On another build,
-machine type or number of threads it goes on, but not bit for bit, and says so.
+A resume point that belongs to another plan, teacher, data set or trainable part is refused by name. With another number
+of students, build, machine type or number of threads it goes on, but not bit for bit, and says so.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 from skd_dist import __version__
 from skd_dist.checkpointer import Checkpointer
@@ -21,19 +22,35 @@ from skd_dist.duration import parse_interval
 from skd_dist.errors import UserError
 from skd_dist.plan import StageSpec
 from skd_dist.progress import StageProgress
-from skd_dist.stage_side import State, StudentSide
-from skd_dist.student import MODEL_PREFIX
+from skd_dist.resume_point import FROZEN
+from skd_dist.stage_side import FoundPoint, State, StudentSide
+from skd_dist.student import MODEL_PREFIX, student_part
 from skd_dist.tracking import known_runs
 
 OTHER_MACHINE_REL_TOL = 1e-2
 """How far a metric that another machine computes again may be off before it is reported: a guess."""
+
+MAY_DIFFER = ("num_students", "micro_batch_size")
+"""What a resume point was made with and need not go on with."""
+
+
+def start_state(side: StudentSide, stage: StageSpec, state: State) -> State:
+    """The student's tensors a stage starts from; at a resume point what does not train comes from there.
+
+    Before an engine is made: DeepSpeed copies parameters when it is, and its universal checkpoints leave these out.
+
+    Args:
+        state: the student's tensors after the stage before.
+    """
+    found = _point_of(side, stage)
+    return state if found is None else {**state, **student_part(load_file(found.path / FROZEN))}
 
 
 def make_checkpointer(side: StudentSide, stage: StageSpec, engine: Engine, state: State) -> Checkpointer:
     """The checkpointer of a stage.
 
     Args:
-        state: the student's tensors before the stage; what does not train is taken from here.
+        state: from `start_state`; what does not train is taken from here.
     """
     config = side.prepared.config
     trains = set(side.prepared.models.student.parameters_of(stage.trains))
@@ -63,19 +80,29 @@ def begin(side: StudentSide, stage: StageSpec, checkpointer: Checkpointer) -> St
     Raises:
         UserError: the resume point belongs to something else.
     """
-    found = side.resume_point
-    if found is None or found.stage_index != stage.index:
+    found = _point_of(side, stage)
+    if found is None:
         seed_process(derive_seed("process", side.prepared.config.seed, stage.index, side.student_rank))
         return StageProgress()
     check_belongs(found.manifest, checkpointer.record, what=f"resume point {found.path}")
     checkpointer.check_frozen(found.path)
-    notes = differences_in_machine(found.manifest, checkpointer.record)
+    notes = differences(found.manifest, checkpointer.record)
     for note in notes:
         side.display.notice(f"not bit for bit: {note}")
-    progress = checkpointer.restore(found.path, found.manifest)
+    if found.manifest["identity"]["num_students"] == side.prepared.shape.num_students:
+        progress = checkpointer.restore(found.path, found.manifest)
+    else:
+        progress = checkpointer.restore_converted(found.path, found.manifest)
+        seed = side.prepared.config.seed
+        seed_process(derive_seed("process", seed, stage.index, side.student_rank, progress.step))
     side.tracker.log_resumed(stage=stage.name, step=progress.step, rel_tol=OTHER_MACHINE_REL_TOL if notes else 0.0)
     side.display.notice(f"stage {stage.name} goes on after step {progress.step}")
     return progress
+
+
+def _point_of(side: StudentSide, stage: StageSpec) -> FoundPoint | None:
+    found = side.resume_point
+    return found if found is not None and found.stage_index == stage.index else None
 
 
 def _note_saved(side: StudentSide, stage: StageSpec, step: int, seconds: float) -> None:
@@ -123,16 +150,19 @@ def check_belongs(manifest: Mapping[str, Any], record: Mapping[str, Any], *, wha
         UserError: the fields that differ, by name.
     """
     found, own = manifest["identity"], record["identity"]
-    differing = [f"{name} {found.get(name)} -> {value}" for name, value in own.items() if found.get(name) != value]
+    differing = [
+        f"{name} {found.get(name)} -> {value}"
+        for name, value in own.items()
+        if found.get(name) != value and name not in MAY_DIFFER
+    ]
     if differing:
         raise UserError(
-            f"{what} belongs to another launch",
-            got=", ".join(differing),
-            do="give the flags and ranks of that launch; between stages the number of students is free",
+            f"{what} belongs to another launch", got=", ".join(differing), do="give the flags of that launch"
         )
 
 
-def differences_in_machine(manifest: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
+def differences(manifest: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
     """What may change the rounding, one line for each."""
-    found, own = manifest["machine"], record["machine"]
+    found = {**{name: manifest["identity"].get(name) for name in MAY_DIFFER}, **manifest["machine"]}
+    own = {**{name: record["identity"].get(name) for name in MAY_DIFFER}, **record["machine"]}
     return [f"{name} was {found.get(name)}, is {value}" for name, value in own.items() if found.get(name) != value]

@@ -25,7 +25,7 @@ from skd_dist.plan import StageSpec
 from skd_dist.progress import StageProgress
 from skd_dist.resume_point import remove_all
 from skd_dist.stage_loop import mean_nmse, run_stage
-from skd_dist.stage_resume import begin, make_checkpointer
+from skd_dist.stage_resume import begin, make_checkpointer, start_state
 from skd_dist.stage_side import State, StudentSide
 from skd_dist.student import StageModule, build_stage_module, student_part
 
@@ -39,6 +39,7 @@ EVALUATIONS_PER_STAGE = 10
 def train_stage(side: StudentSide, stage: StageSpec, state: State) -> tuple[State, dict[str, Any]]:
     """One stage from the student's state before it to the state after it, and its entry in the summary."""
     config, shape = side.prepared.config, side.prepared.shape
+    state = start_state(side, stage, state)
     side.display.start_stage(stage.index, stage.name, stage.num_steps)
     side.tracker.start_child(stage.name, _stage_params(stage))
     engine = make_engine(

@@ -1,5 +1,6 @@
 """Students write a resume point together or not at all. Two threads stand for two students."""
 
+import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -61,7 +62,7 @@ class Student:
             engine=self.engine,
             device=CPU,
             interval=interval,
-            record={"identity": {"seed": 0}},
+            record={"stage": {"name": "stem"}, "identity": {"seed": 0, "num_students": 2}},
             notes=lambda: {"mlflow": {"parent_run_id": f"of student {rank}"}},
             frozen={"model.frozen": torch.ones(1)},
             stop_asked=lambda: self.stop,
@@ -96,7 +97,8 @@ def test_what_both_saved_comes_back_to_both(tmp_path: Path) -> None:
     found = newest_sound(tmp_path, notify=pytest.fail)
     assert found is not None
     point, manifest = found
-    assert manifest["mlflow"] == {"parent_run_id": "of student 0"} and manifest["identity"] == {"seed": 0}
+    assert manifest["mlflow"] == {"parent_run_id": "of student 0"}
+    assert manifest["identity"] == {"seed": 0, "num_students": 2}
     assert sorted(manifest["files"]) == [
         "best.safetensors",
         "engine/state-0.pt",
@@ -132,6 +134,87 @@ def test_a_resume_point_on_other_frozen_parameters_is_refused(tmp_path: Path) ->
     renamed._frozen = {f"model.{number}": torch.ones(1) for number in range(6)}
     with pytest.raises(UserError, match=r"got model\.0, model\.1, model\.2, model\.3, model\.4 and 2 more; put"):
         renamed.check_frozen(found[0])
+
+
+class Replicated(FakeEngine):
+    """An engine whose state every student has, in one file."""
+
+    def snapshot(self) -> dict[str, Any]:
+        return {"state.pt": torch.tensor(self.state)} if self.rank == 0 else {}
+
+    def restore(self, directory: Path) -> None:
+        self.state = float(torch.load(directory / "state.pt"))
+
+
+def replicated(root: Path) -> list[Student]:
+    both = students(root)
+    for student in both:
+        student.checkpointer._engine = student.engine = Replicated(student.engine.rank)
+    return both
+
+
+def saved_by_two(root: Path) -> tuple[Path, dict[str, Any]]:
+    """A resume point of two students with statistics, windows and chosen weights of their own."""
+    both = replicated(root)
+    for student in both:
+        student.engine.state = 7.0
+        student.engine.module.running_mean.add_(1 + student.engine.rank)
+        student.engine.module.num_batches_tracked.add_(3 + student.engine.rank)
+        student.checkpointer.chosen = {"model.w": torch.tensor([3.0])}
+        student.checkpointer.chosen_values = {"val/loss": 0.5}
+    assert together(lambda student: student.checkpointer.save(progress(7)), both) == [True, True]
+    found = newest_sound(root, notify=pytest.fail)
+    assert found is not None
+    return found
+
+
+def test_what_others_saved_is_converted_once_and_comes_to_all(tmp_path: Path) -> None:
+    """Two students stand for another number here: what is read does not depend on how many there are."""
+    point, manifest = saved_by_two(tmp_path)
+    fresh = replicated(tmp_path)
+    states = [torch.get_rng_state()]
+    first, second = together(lambda student: student.checkpointer.restore_converted(point, manifest), fresh)
+    assert torch.equal(torch.get_rng_state(), states[0]), "random states are the caller's"
+    for student in fresh:
+        assert student.engine.state == 7.0 and student.notices == []
+        assert student.engine.module.running_mean.tolist() == [1.5, 1.5]
+        assert student.engine.module.num_batches_tracked.item() == 3
+        assert student.checkpointer.chosen_values == {"val/loss": 0.5} and student.checkpointer.chosen is not None
+    assert first.window.totals()["loss"].tolist() == [4.0, 6.0]
+    assert second.window.totals()["loss"].tolist() == [0.0, 0.0]
+    assert (first.step, first.loss_trace, first.seconds) == (7, [1 / 3] * 7, 0.1)
+    assert (second.step, second.loss_trace, second.seconds) == (7, [1 / 3] * 7, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(28, "No space left on device"), r"No space left on device \(\S+, pid \d+\)"),
+        (UserError("DeepSpeed knows Adam only"), "DeepSpeed knows Adam only"),
+    ],
+)
+def test_what_cannot_be_converted_is_refused_by_all(
+    tmp_path: Path, error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    point, manifest = saved_by_two(tmp_path)
+
+    def fails(*arguments: Any, **named: Any) -> Path:
+        raise error
+
+    monkeypatch.setattr(subject, "convert", fails)
+
+    def refused(student: Student) -> str:
+        with pytest.raises(UserError) as caught:
+            student.checkpointer.restore_converted(point, manifest)
+        return caught.value.line
+
+    first, second = together(refused, replicated(tmp_path))
+    assert first == second
+    assert re.fullmatch(
+        rf"resume point {re.escape(str(point))} cannot be converted for another number of students; "
+        rf"got {reason}; go on with 2 students",
+        first,
+    )
 
 
 FULL = OSError(28, "No space left on device")

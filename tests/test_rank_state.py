@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from skd_dist.rank_state import capture_rank_state, restore_rank_state
+from skd_dist.rank_state import average_buffers, capture_rank_state, restore_rank_state
 
 CPU = torch.device("cpu")
 
@@ -44,3 +44,16 @@ def test_a_capture_is_a_copy():
     state = capture_rank_state(module, CPU)
     module(torch.randn(4, 3, 2, 2))
     assert state["buffer/running_mean"].tolist() == [0.0, 0.0, 0.0]
+
+
+def test_buffers_of_students_as_one():
+    modules = [nn.BatchNorm2d(2) for _ in range(3)]
+    for number, module in enumerate(modules):
+        module.running_mean.fill_(1 / 3 + number)
+        module.num_batches_tracked.fill_(5 + number)
+    one = average_buffers([capture_rank_state(module, CPU) for module in modules])
+    assert list(one) == ["buffer/running_mean", "buffer/running_var", "buffer/num_batches_tracked"]
+    assert torch.equal(one["buffer/running_var"], torch.ones(2)), "what is equal stays as it is"
+    assert one["buffer/running_mean"].tolist() == [torch.tensor(4 / 3).item()] * 2
+    assert one["buffer/running_mean"].dtype == torch.float32
+    assert one["buffer/num_batches_tracked"].item() == 5

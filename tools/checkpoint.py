@@ -2,11 +2,14 @@
 
     python tools/checkpoint.py inspect RUN      stages, resume points, and what they belong to
     python tools/checkpoint.py verify RUN       every file against its sha256; exit code 2 if anything is broken
+    python tools/checkpoint.py convert RUN      make the newest resume point ready for any number of students
     python tools/checkpoint.py prune RUN        remove all resume points but the newest sound one of each stage
 
-Nothing is unpickled. `verify` and `inspect` change nothing.
+`inspect` and `verify` change nothing. `convert` does ahead of time what `--resume` does by itself, and leaves the
+resume point as it is; it alone unpickles anything, DeepSpeed's own files.
 """
 
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -15,8 +18,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from safetensors import SafetensorError
 
 from skd_dist.checkpoint import read_manifest, read_stage_result
+from skd_dist.conversion import conversion_path, convert
 from skd_dist.errors import EXIT_USER_ERROR, UserError
 from skd_dist.resume_point import BrokenError, verify
 
@@ -25,7 +30,7 @@ from skd_dist.resume_point import BrokenError, verify
 class Arguments:
     """What to do with which run."""
 
-    action: Annotated[Literal["inspect", "verify", "prune"], tyro.conf.Positional]
+    action: Annotated[Literal["inspect", "verify", "convert", "prune"], tyro.conf.Positional]
     run: Annotated[Path, tyro.conf.Positional]
     """Run directory."""
 
@@ -49,10 +54,10 @@ def inspect(run: Path) -> None:
             print(f"{point.parent.name}  resume point {point.name}  broken: {error}")
             continue
         identity = manifest["identity"]
-        size_mib = sum(record["size_bytes"] for record in manifest["files"].values()) / 2**20
         print(
-            f"{point.parent.name}  resume point after step {manifest['step']}  {len(manifest['files'])} files  "
-            f"{size_mib:.1f} MiB  {identity['num_students']} students  {identity['engine']}{_mlflow(manifest)}"
+            f"{point.parent.name}  resume point after step {manifest['step']}  {_size(manifest)}  "
+            f"{identity['num_students']} students{' or any' if conversion_path(point).exists() else ''}  "
+            f"{identity['engine']}{_mlflow(manifest)}"
         )
     for broken in sorted((run / "resume").glob("*/broken-*")):
         print(f"{broken.parent.name}  set aside as {broken.name}")
@@ -70,9 +75,34 @@ def check(run: Path) -> list[str]:
     for point in resume_points(run):
         try:
             verify(point, deep=True)
+            if conversion_path(point).exists():
+                verify(conversion_path(point), deep=True)
         except BrokenError as error:
             broken.append(f"resume point {point} is broken: {error}")
     return broken
+
+
+def convert_newest(run: Path) -> Iterator[str]:
+    """Convert the newest sound resume point of each stage; what was done, one line each.
+
+    Raises:
+        UserError: there is none, or it cannot be converted.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for a device, and says what it found
+    newest = {point.parent: point for point in resume_points(run) if _is_sound(point)}
+    if not newest:
+        raise UserError("no sound resume point", got=run, do="a finished stage needs none")
+    for point in newest.values():
+        manifest = verify(point, deep=False)
+        try:
+            converted = convert(point, manifest, notify=print)
+        except (OSError, RuntimeError, SafetensorError, BrokenError) as error:
+            raise UserError(f"resume point {point} cannot be converted", got=error) from error
+        size = _size(verify(converted, deep=False))
+        yield (
+            f"{point.parent.name}  resume point after step {manifest['step']}  "
+            f"{manifest['identity']['num_students']} students -> any  {size} in {converted}"
+        )
 
 
 def prune(run: Path) -> list[Path]:
@@ -105,6 +135,11 @@ def _mlflow(manifest: dict[str, Any]) -> str:
     return f"  MLflow run {known['parent_run_id']}" + (f", stage {child}" if child else "")
 
 
+def _size(manifest: dict[str, Any]) -> str:
+    size_mib = sum(record["size_bytes"] for record in manifest["files"].values()) / 2**20
+    return f"{len(manifest['files'])} files  {size_mib:.1f} MiB"
+
+
 def _short(manifest: dict[str, Any]) -> str:
     return str(manifest["weights_digest"])[:12]
 
@@ -121,6 +156,9 @@ def main(arguments: list[str]) -> int:
             broken = check(wanted.run)
             print("\n".join(broken) or f"{wanted.run}: everything is sound")
             return EXIT_USER_ERROR if broken else 0
+        elif wanted.action == "convert":
+            for line in convert_newest(wanted.run):
+                print(line)
         else:
             for point in prune(wanted.run):
                 print(f"removed {point}")

@@ -5,9 +5,11 @@ and the job has rewritten them to those of the student world by then. Teachers n
 """
 
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -86,6 +88,26 @@ def make_engine(
         num_students=num_students,
         device=device,
     )
+
+
+def convert_snapshot(source: Path, target: Path) -> None:
+    """Make the files of an engine's snapshots readable for any number of students. One process calls this.
+
+    Where every student holds everything they are so already.
+
+    Args:
+        source: directory with the snapshots of all students; reading them unpickles.
+        target: an empty directory, for `Engine.restore`.
+
+    Raises:
+        UserError: this engine's files cannot be converted.
+    """
+    if any(source.glob("*_optim_states.pt")):
+        from skd_dist.engines.deepspeed_universal import convert_to_universal
+
+        convert_to_universal(source, target)
+    else:
+        shutil.copytree(source, target, dirs_exist_ok=True)
 
 
 def _back_end(kind: EngineKind, micro_batch_size: int) -> Callable[..., Engine]:

@@ -46,15 +46,20 @@ def environment(**changes: str) -> dict[str, str]:
 
 def launch_cases(folder: Path, cases: Sequence[Mapping[str, Any]], *, ranks: int, name: str = "runs") -> Finished:
     """Chain runs in one `deepspeed` launch; each case is the changes to the digits toy, `name` being its directory."""
+    return launch(cases_command(folder, cases, name=name), ranks=ranks)
+
+
+def cases_command(folder: Path, cases: Sequence[Mapping[str, Any]], *, name: str) -> list[str]:
+    """What `launch_cases` launches."""
     runs_file = folder / f"{name}.json"
     runs_file.write_text(json.dumps(list(cases)))
-    return launch([str(ROOT / "tests/integration/cases_recipe.py"), str(runs_file)], ranks=ranks)
+    return [str(ROOT / "tests/integration/cases_recipe.py"), str(runs_file)]
 
 
 def launch(command: Sequence[str], *, ranks: int, **changes: str) -> Finished:
     """`deepspeed --num_accelerators RANKS COMMAND`."""
     done = subprocess.run(
-        ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(free_port()), *command],
+        launch_command(command, ranks=ranks),
         cwd=ROOT,
         env=environment(**changes),
         capture_output=True,
@@ -63,6 +68,10 @@ def launch(command: Sequence[str], *, ranks: int, **changes: str) -> Finished:
         check=False,
     )
     return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def launch_command(command: Sequence[str], *, ranks: int) -> list[str]:
+    return ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(free_port()), *command]
 
 
 def free_port() -> int:

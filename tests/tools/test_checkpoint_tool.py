@@ -8,13 +8,19 @@ import pytest
 import torch
 
 from skd_dist.checkpoint import write_stage_result
+from skd_dist.progress import StageProgress
 from skd_dist.resume_point import Part, commit, start_writing, write_part
 from tools.checkpoint import main
 
 
+def progress(step: int) -> dict[str, torch.Tensor]:
+    return StageProgress(step=step).to_tensors()
+
+
 def publish(root: Path, step: int, mlflow: dict[str, Any] | None = None) -> Path:
     start_writing(root, step)
-    part = Part(engine={"engine.pt": {"step": step}}, tensors={"rank-0000.safetensors": {"x": torch.zeros(3)}})
+    ranks = {f"rank-000{rank}.safetensors": {"buffer/x": torch.zeros(3), **progress(step)} for rank in range(2)}
+    part = Part(engine={"engine.pt": {"step": step}}, tensors=ranks)
     record: dict[str, Any] = {
         "stage": {"name": "stage1"},
         "identity": {"num_students": 2, "engine": "deepspeed, ZeRO 2"},
@@ -24,7 +30,8 @@ def publish(root: Path, step: int, mlflow: dict[str, Any] | None = None) -> Path
 
 
 @pytest.fixture
-def run_dir(tmp_path: Path) -> Path:
+def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # which the tool would leave behind
     (tmp_path / "config.json").write_text("{}")
     record = {"stage": {"num_steps": 30}, "weights_digest": "0123456789abcdef"}
     write_stage_result(tmp_path / "stages" / "00-stem", {"w": torch.ones(2)}, record)
@@ -46,7 +53,7 @@ def test_inspect(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(run_dir)]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "00-stem  finished  30 steps  weights 0123456789ab",
-        "01-stage1  resume point after step 10  2 files  0.0 MiB  2 students  deepspeed, ZeRO 2",
+        "01-stage1  resume point after step 10  3 files  0.0 MiB  2 students  deepspeed, ZeRO 2",
         "01-stage1  resume point 00000020  broken: manifest.json is missing",
         "01-stage1  set aside as broken-00000015-0",
     ]
@@ -76,6 +83,36 @@ def test_prune_keeps_the_newest_sound_one(run_dir: Path, capsys: pytest.CaptureF
     assert capsys.readouterr().out == f"removed {root}/00000020\n"
     assert [path.name for path in root.iterdir() if path.is_dir()] == ["00000010"]
     assert main(["prune", str(run_dir)]) == 0 and capsys.readouterr().out == ""
+
+
+def test_convert_makes_the_newest_sound_one_ready_for_any_number(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = run_dir / "resume/01-stage1"
+    flip(root / "00000020/rank-0000.safetensors")
+    line = (
+        f"01-stage1  resume point after step 10  2 students -> any  2 files  0.0 MiB in {root}/00000010/any/00000010\n"
+    )
+    for _ in range(2):
+        assert main(["convert", str(run_dir)]) == 0
+        assert capsys.readouterr().out == line
+    assert main(["inspect", str(run_dir)]) == 0
+    out = capsys.readouterr().out
+    assert "01-stage1  resume point after step 10  3 files  0.0 MiB  2 students or any  deepspeed, ZeRO 2\n" in out
+    flip(root / "00000020/rank-0000.safetensors")
+    flip(root / "00000010/any/00000010/students.safetensors")
+    assert main(["verify", str(run_dir)]) == 2
+    assert capsys.readouterr().out == (
+        f"resume point {root}/00000010 is broken: students.safetensors has other bytes than its manifest says\n"
+    )
+
+
+def test_convert_says_when_there_is_nothing(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prune", str(run_dir)]) == 0
+    flip(run_dir / "resume/01-stage1/00000020/rank-0000.safetensors")
+    capsys.readouterr()
+    assert main(["convert", str(run_dir)]) == 2
+    assert capsys.readouterr().err == (f"error: no sound resume point; got {run_dir}; a finished stage needs none\n")
 
 
 def test_a_directory_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
