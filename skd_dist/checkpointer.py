@@ -200,6 +200,7 @@ class Checkpointer:
         """
         converted = self._convert(point, manifest)
         self._engine.restore(converted / ENGINE)
+        self._saved_step = manifest["step"]
         tensors = load_file(converted / STUDENTS)
         restore_buffers(tensors, self._engine.module)
         self._restore_chosen(point, manifest)

@@ -13,7 +13,11 @@ from typing import Literal
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import v2
+
+from skd_dist.lean_imports import lean_imports
+
+with lean_imports():
+    from torchvision.transforms import v2
 
 Augment = Literal["none", "shift", "crop_flip", "resized_crop"]
 

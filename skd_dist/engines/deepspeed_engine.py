@@ -34,8 +34,8 @@ from skd_dist.contracts import Outputs
 from skd_dist.engines.collectives import full_state
 from skd_dist.engines.deepspeed_config import autocast_dtype, complete_config
 from skd_dist.engines.deepspeed_snapshot import restore_snapshot, take_snapshot
-from skd_dist.engines.process_environment import environment
 from skd_dist.errors import UserError
+from skd_dist.lean_imports import lean_imports
 from skd_dist.optim import make_optimizer
 from skd_dist.plan import OptimizerSpec
 
@@ -155,9 +155,8 @@ def _prepare_process(device: torch.device) -> None:
     if device.type == "cpu":
         # DeepSpeed would compile its shared-memory operation here, and fail where there is no compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # DeepSpeed imports this optimizer to find out that we do not use it, and its torch.compile decorators import all of
-    # inductor: 6 s of CPU in every process. With dynamo off the decorators do nothing.
-    with environment(TORCHDYNAMO_DISABLE="1"):
+    # DeepSpeed imports this optimizer to find out that we do not use it, and it is decorated with torch.compile.
+    with lean_imports():
         importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
     # DeepSpeed asserts that a launcher has set it; a single process may have none.
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))

@@ -8,4 +8,7 @@ Training, methods and adapters are not here.
 After `import skd_dist.models` timm knows the registered networks (`timm.create_model("skd_resnet10")`).
 """
 
-from skd_dist.models import registry as registry
+from skd_dist.lean_imports import lean_imports
+
+with lean_imports():
+    from skd_dist.models import registry as registry
