@@ -46,7 +46,7 @@ _MAX_NAMED = 5
 
 
 class Preempted(BaseException):
-    """The run was asked to stop, and has saved. Not an Exception: nothing between here and the runner handles it."""
+    """The run was asked to stop, and what there was to save is saved. Not an Exception: only the runner handles it."""
 
 
 class Checkpointer:

@@ -1,8 +1,9 @@
 """The wish to stop early, wherever it comes from: SIGTERM, SIGUSR1, or a launcher that has died.
 
     a signal or a lost launcher on any rank -> flag -> store, within a second -> flag on every rank
-    students: the flag rides with the loss of the next step, so all stop after the same one, save and leave
-    `grace_s` after the first flag a process that is still there ends itself
+    students: the flag rides with the loss of the next step, so all stop after the same one, save and leave; in a
+    validation they agree after every batch
+    `grace_s` after the first flag a process that is still there ends the job
 
 `deepspeed` that gets SIGTERM dies alone and leaves launch.py and the ranks; a killed launch.py leaves the ranks as
 orphans. So every rank watches the processes above it.
