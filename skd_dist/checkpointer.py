@@ -62,6 +62,7 @@ class Checkpointer:
         notes: what it says too, for people; asked on the first student at every save.
         frozen: parameters that do not train, under the module's names; written by the first student.
         stop_asked: whether this process has been asked to stop.
+        no_teacher: why this student has no teacher any more.
         on_saved: told the step and the seconds of every resume point that exists now.
         notify: shows one line to the user.
     """
@@ -78,6 +79,7 @@ class Checkpointer:
         notes: Callable[[], Mapping[str, Any]],
         frozen: Mapping[str, Tensor],
         stop_asked: Callable[[], bool],
+        no_teacher: Callable[[], NoTeacherError | None],
         on_saved: Callable[[int, float], None],
         notify: Callable[[str], None],
     ) -> None:
@@ -90,6 +92,7 @@ class Checkpointer:
         self._notes = notes
         self._frozen = frozen
         self._stop_asked = stop_asked
+        self._no_teacher = no_teacher
         self._on_saved = on_saved
         self._notify = notify
         self._last_s = time.monotonic()
@@ -102,15 +105,11 @@ class Checkpointer:
     def begin_step(self) -> None:
         self._undo_step = remember_rank_state(self._engine.module, self._device)
 
-    def give_up(self, progress: StageProgress, error: NoTeacherError | None) -> NoReturn:
+    def give_up(self, progress: StageProgress) -> NoReturn:
         # Statistics and random states have moved since; parameters and moments have not.
         assert self._undo_step is not None, "only a step that began can be given up"
         self._undo_step()
-        saved = self.save(progress)
-        lines = [line for line in self.share(error.line if error else "") if line]
-        if any_student(self._stop_asked()):
-            raise Preempted(f"stopped after step {progress.step}" + ("" if saved else ", which could not be saved"))
-        raise UserError(f"step {progress.step} was given up{' and saved' if saved else ''}: {lines[0]}")
+        self._leave(progress)
 
     def wishes(self) -> tuple[bool, bool]:
         # One clock decides, the first student's: the others have no wish of their own to save.
@@ -120,18 +119,31 @@ class Checkpointer:
     def act(self, progress: StageProgress, *, save: bool, stop: bool) -> None:
         due = self._interval.steps is not None and progress.step % self._interval.steps == 0
         if save or stop or due:
-            saved = progress.step == self._saved_step or self.save(progress)
             if stop:
-                raise Preempted(f"stopped after step {progress.step}" + ("" if saved else ", which could not be saved"))
+                self._leave(progress)
+            self.save(progress)
 
-    def stop_if_asked(self, progress: StageProgress) -> None:
-        """Stop where training stands, if any student has been asked to. Collective; for a validation, between batches.
+    def leave_if_needed(self, progress: StageProgress) -> None:
+        """Leave where training stands, if any student has been asked to stop or has no teacher.
+
+        Collective; for a validation, between its batches. It will be done again, on the same weights.
 
         Raises:
-            Preempted: on all students, with a resume point. The validation will be done again, on the same weights.
+            Preempted, UserError: as `give_up`; on all students.
         """
-        if any_student(self._stop_asked()):
-            self.act(progress, save=False, stop=True)
+        if any_student(self._stop_asked() or self._no_teacher() is not None):
+            self._leave(progress)
+
+    def _leave(self, progress: StageProgress) -> NoReturn:
+        """With a resume point of what is done, and one reason for all: who was asked to stop need not be told why."""
+        saved = progress.step == self._saved_step or self.save(progress)
+        stopped = f"stopped after step {progress.step}" + ("" if saved else ", which could not be saved")
+        lost = self._no_teacher()
+        said = [json.loads(text) for text in self.share(json.dumps([lost.line if lost else "", self._stop_asked()]))]
+        reasons = [line for line, _ in said if line]
+        if not reasons or any(stop for _, stop in said):
+            raise Preempted(stopped)
+        raise UserError(f"{stopped}: {reasons[0]}")
 
     def share(self, text: str) -> list[str]:
         return self._board.gather("share", text)

@@ -69,7 +69,11 @@ def evaluate_stage(
     """
     module.eval()
     meter = Meter()
-    for cpu_batch, targets in ask.answers(batches, stage.teacher_outputs):
+    for cpu_batch, targets in ask.stream(batches, stage.teacher_outputs):
+        if targets is None:
+            after_batch()  # the other students come here too, and leave with this one
+            assert ask.no_teacher is not None
+            raise ask.no_teacher
         with torch.inference_mode():
             batch = to_device(cpu_batch, device)
             outputs = module(batch.images)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from skd_dist.contracts import Batch, Engine, LossTerms, Method, Outputs
-from skd_dist.errors import NoTeacherError, UserError
+from skd_dist.errors import UserError
 from skd_dist.link.ask_ahead import AskAhead
 from skd_dist.losses import feature_moments
 from skd_dist.meters import Meter, sum_over_students
@@ -37,9 +37,8 @@ class Interruptions(Protocol):
         """A step begins: what it may move before its update must be known, in case it is given up."""
         ...
 
-    def give_up(self, progress: StageProgress, error: NoTeacherError | None) -> NoReturn:
-        """Leave from before the step under way, on all students: one at least has no teacher, and says so in `error`.
-        Nothing was updated."""
+    def give_up(self, progress: StageProgress) -> NoReturn:
+        """Leave from before the step under way, on all students: one at least has no teacher. Nothing was updated."""
         ...
 
     def wishes(self) -> tuple[bool, bool]:
@@ -60,9 +59,8 @@ class NoInterruptions:
 
     def begin_step(self) -> None: ...
 
-    def give_up(self, progress: StageProgress, error: NoTeacherError | None) -> NoReturn:
-        assert error is not None, "there is no other student"
-        raise error
+    def give_up(self, progress: StageProgress) -> NoReturn:
+        raise AssertionError("a measurement does not lose its teacher")
 
     def wishes(self) -> tuple[bool, bool]:
         return False, False
@@ -136,7 +134,7 @@ def run_stage(
         agreed = sum_over_students(torch.tensor(own, dtype=torch.float64)).tolist()
         loss_sum, num_answered, num_micro_steps, save, stop = agreed
         if num_answered < num_micro_steps:
-            interruptions.give_up(progress, ask.no_teacher)
+            interruptions.give_up(progress)
         progress.window.merge(meter)
         progress.loss_trace.append(loss_sum / num_micro_steps)
         if not math.isfinite(progress.loss_trace[-1]):

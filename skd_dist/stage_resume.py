@@ -69,6 +69,7 @@ def make_checkpointer(side: StudentSide, stage: StageSpec, engine: Engine, state
         notes=lambda: {"mlflow": known_runs(config.run_dir)},
         frozen={f"{MODEL_PREFIX}{name}": state[name] for name in state if name in parameters - trains},
         stop_asked=side.stop_asked,
+        no_teacher=lambda: side.ask.no_teacher,
         on_saved=lambda step, seconds: _note_saved(side, stage, step, seconds),
         notify=side.display.notice,
     )

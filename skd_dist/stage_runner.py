@@ -54,7 +54,7 @@ def train_stage(side: StudentSide, stage: StageSpec, state: State) -> tuple[Stat
     checkpointer = make_checkpointer(side, stage, engine, state)
     progress = begin(side, stage, checkpointer)
     chosen, chosen_values = checkpointer.chosen, checkpointer.chosen_values
-    stop_if_asked = partial(checkpointer.stop_if_asked, progress)
+    leave_if_needed = partial(checkpointer.leave_if_needed, progress)
     for until in _stops(stage, best=config.stage_weights == "best"):
         if until < progress.step:
             continue
@@ -74,9 +74,9 @@ def train_stage(side: StudentSide, stage: StageSpec, state: State) -> tuple[Stat
                 on_report=lambda step, values: _report(side, stage, step, values),
                 interruptions=checkpointer,
             )
-        stop_if_asked()
+        leave_if_needed()
         now = engine.full_state()
-        now_values = validate(side, stage, now, after_batch=stop_if_asked)
+        now_values = validate(side, stage, now, after_batch=leave_if_needed)
         _report(side, stage, until, now_values)
         if chosen is None or config.stage_weights == "last" or now_values["val/loss"] < chosen_values["val/loss"]:
             chosen, chosen_values = now, now_values

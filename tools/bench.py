@@ -53,7 +53,8 @@ from skd_dist.progress import StageProgress
 from skd_dist.roles import RoleMap, World
 from skd_dist.stage_loop import NoInterruptions, run_stage
 from skd_dist.student import build_stage_module
-from skd_dist.teacher import FrozenTeacher
+from skd_dist.teacher import Load, build_teacher
+from skd_dist.teacher_process import TeacherProcess
 
 WAYS = ("ready", "inline", "remote", "plain")
 TIMEOUT = timedelta(minutes=10)
@@ -238,7 +239,7 @@ def bench_stages(bench: StageBench, job: Job, *, image_size: int, batch_size: in
             optimizer=OptimizerSpec(learning_rate=1e-4),
         )
     )
-    frozen = _make_teacher(bench, image_size)
+    frozen = build_teacher(_teacher_order(bench, image_size))
     remote = RemoteLink(job, run_key=str(image_size), timeout=TIMEOUT, teacher_timeout_s=TIMEOUT.total_seconds())
     rows = []
     for stage in plan.stages:
@@ -297,10 +298,16 @@ def _batch(size: int, image_size: int) -> Batch:
     )
 
 
-def _make_teacher(bench: StageBench, image_size: int) -> FrozenTeacher:
-    cut = cut_model(bench.teacher, num_classes=NUM_CLASSES, image_size=image_size)
-    model = create_model(bench.teacher, num_classes=NUM_CLASSES, image_size=image_size, seed=1)
-    return FrozenTeacher(model, cut=cut, device=torch.device("cpu"), dtype=torch.float32)
+def _teacher_order(bench: StageBench, image_size: int) -> Load:
+    return Load(
+        cut=cut_model(bench.teacher, num_classes=NUM_CLASSES, image_size=image_size),
+        checkpoint=None,
+        allow_untrained=True,
+        seed=1,
+        dtype="fp32",
+        device="cpu",
+        num_threads=1,
+    )
 
 
 def _run_rank(rank: int, port: int, bench: StageBench) -> None:
@@ -322,13 +329,18 @@ def _run_rank(rank: int, port: int, bench: StageBench) -> None:
     job = join_job(world, roles, network_interface=None, device_kind="cpu", timeout=TIMEOUT)
     watch = FailureWatch(job, on_failure=lambda line, exit_code: None)
     rows: list[dict[str, object]] = []
+    if rank == 1:
+        worker = TeacherProcess(timeout_s=TIMEOUT.total_seconds())
     for image_size, batch_size in zip(bench.image_sizes, bench.batch_sizes, strict=True):
         if rank == 0:
             rows += bench_stages(bench, job, image_size=image_size, batch_size=batch_size)
         else:
-            serve(job, _make_teacher(bench, image_size).answer, run_key=str(image_size), timeout=TIMEOUT)
+            worker.load(_teacher_order(bench, image_size))
+            serve(job, worker.answer, run_key=str(image_size), timeout=TIMEOUT, revive=worker.revive)
     if rank == 0:
         _conclude(bench, rows)
+    else:
+        worker.close()
     watch.stop()
     leave_job(job)
 

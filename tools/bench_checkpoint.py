@@ -109,6 +109,7 @@ def make_checkpointer(folder: Path, engine: Engine, frozen: Mapping[str, torch.T
         notes=dict,
         frozen=frozen,
         stop_asked=lambda: False,
+        no_teacher=lambda: None,
         on_saved=lambda step, seconds: None,
         notify=print,
     )
