@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from skd_dist.checkpoint import cannot_go_on_without
 from skd_dist.checkpointer import Preempted
 from skd_dist.config import RunConfig, batch_shape, check_config
 from skd_dist.display import RunDisplay, summary_table
@@ -44,7 +45,7 @@ from skd_dist.run_setup import (
 from skd_dist.stage_side import StudentSide
 from skd_dist.student_run import run_student
 from skd_dist.teacher import FrozenTeacher
-from skd_dist.tracking import NullTracker, RunTracker
+from skd_dist.tracking import JOURNAL_FILE, NullTracker, RunTracker
 
 
 def roles_of(config: RunConfig, world: World) -> RoleMap:
@@ -155,7 +156,8 @@ def run_once(config: RunConfig, job: Job, *, key: str, guards: Guards) -> list[d
     else:
         display = RunDisplay(enabled=job.world.rank == 0)
         if job.world.rank == 0:
-            tracker = track_run(prepared, job, run_key, digest, notify=display.notice)
+            with cannot_go_on_without(config.run_dir / JOURNAL_FILE):
+                tracker = track_run(prepared, job, run_key, digest, notify=display.notice)
             guards.emergency.watch(tracker, config)
         display.start_run(f"{config.name}: {config.method}", len(prepared.plan.stages))
         link = make_link(job, teacher, key)
@@ -183,7 +185,8 @@ def run_once(config: RunConfig, job: Job, *, key: str, guards: Guards) -> list[d
     if job.world.rank != 0:
         return []
     summary = _summary(prepared, found, digest, tracker)
-    write_summary(config.run_dir, summary)
+    with cannot_go_on_without(config.run_dir / "summary.json"):
+        write_summary(config.run_dir, summary)
     tracker.log_dict(summary, name="summary.json")
     guards.emergency.end("FINISHED")
     return [summary]

@@ -6,7 +6,7 @@ Every student walks through here in step; rank 0 alone writes the run's files.
 import math
 from typing import Any
 
-from skd_dist.checkpoint import read_manifest, read_stage_result, write_tensors
+from skd_dist.checkpoint import cannot_go_on_without, read_manifest, read_stage_result, write_tensors
 from skd_dist.errors import UserError
 from skd_dist.evaluate import evaluate_logits
 from skd_dist.models.create import create_model, load_weights, weights_digest
@@ -128,7 +128,9 @@ def measure_student(side: StudentSide, state: State, split: str) -> dict[str, fl
 def write_student(side: StudentSide, state: State) -> None:
     """`RUN/student/model.safetensors`: what timm.create_model(..., checkpoint_path=...) loads."""
     if side.writes:
-        write_tensors(side.prepared.config.run_dir / "student" / "model.safetensors", state)
+        path = side.prepared.config.run_dir / "student" / "model.safetensors"
+        with cannot_go_on_without(path):
+            write_tensors(path, state)
 
 
 def _has(side: StudentSide, split: str) -> bool:
