@@ -104,6 +104,7 @@ def run_all(configs: Sequence[RunConfig], *, world: World) -> int:
         rank=world.rank,
         folder=configs[0].run_dir,
         tell=watch.post_failure,
+        silent_ranks=lambda: watch.silent_ranks,
     )
     summaries: list[dict[str, Any]] = []
     exit_code = 0
