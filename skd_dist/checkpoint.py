@@ -5,14 +5,16 @@ and renamed into place, and holds the sha256 of the tensors: **a stage result ex
 rank writes; every rank may read. Resuming inside a stage is another matter and is not here.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -33,23 +35,44 @@ def fsync_path(path: Path) -> None:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file so that it is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-    fsync_path(temporary)
-    temporary.replace(path)
-    fsync_path(path.parent)
+    text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+    with _whole(path) as temporary:
+        temporary.write_text(text)
 
 
 def write_tensors(path: Path, state: Mapping[str, Tensor]) -> str:
     """Write tensors as safetensors, whole or not at all; returns the file's sha256."""
+    with _whole(path) as temporary:
+        save_file({name: value.detach().cpu().contiguous().clone() for name, value in state.items()}, temporary)
+    return file_sha256(path)
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A temporary path that becomes `path`, on disk, when the block ends well, and takes no room when it does not."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    save_file({name: value.detach().cpu().contiguous().clone() for name, value in state.items()}, temporary)
-    fsync_path(temporary)
-    temporary.replace(path)
+    try:
+        yield temporary
+        fsync_path(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     fsync_path(path.parent)
-    return file_sha256(path)
+
+
+@contextlib.contextmanager
+def cannot_go_on_without(path: Path) -> Iterator[None]:
+    """Around the writing of what a run needs: a disk that does not take it is the user's to mend.
+
+    Raises:
+        UserError: the disk is full or cannot be written.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise UserError(f"{path} cannot be written", got=reason, do="make room there, then continue") from error
 
 
 def file_sha256(path: Path) -> str:
@@ -65,11 +88,15 @@ def write_stage_result(directory: Path, state: Mapping[str, Tensor], record: Map
         directory: of this stage; an unfinished earlier attempt in it is replaced.
         state: all parameters and buffers of the student, under timm's names.
         record: what the manifest says beside the tensors (stage, digests, metrics, parents, versions).
+
+    Raises:
+        UserError: the disk is full or cannot be written.
     """
-    if directory.exists() and not (directory / MANIFEST).exists():
-        shutil.rmtree(directory)
-    sha256 = write_tensors(directory / TENSORS, state)
-    write_json(directory / MANIFEST, {**record, "tensors": {"file": TENSORS, "sha256": sha256}})
+    with cannot_go_on_without(directory):
+        if directory.exists() and not (directory / MANIFEST).exists():
+            shutil.rmtree(directory)
+        sha256 = write_tensors(directory / TENSORS, state)
+        write_json(directory / MANIFEST, {**record, "tensors": {"file": TENSORS, "sha256": sha256}})
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:

@@ -3,7 +3,7 @@
     RUN/resume/00-stem/00000120/engine/...            what the engine wants back, one or more files of each rank
                                 /rank-0000.safetensors  buffers, random states and progress of each rank
                                 /frozen.safetensors     parameters that do not train, once
-                                /manifest.json          sizes and sha256 of all of it, and what it belongs to
+                                /manifest.json          sizes and sha256 of all, itself included; what it belongs to
                                 /any/...                the same for any number of students (`conversion.py`), if made
 
 All ranks write their part into a hidden directory; when all have said that their files are on disk, the first writes
@@ -14,6 +14,7 @@ removed; two are kept. What is found broken is set aside under another name, nev
 How the ranks come together is the caller's: nothing here waits for anybody.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -33,6 +34,8 @@ LATEST = "LATEST.json"
 ENGINE = "engine"
 FROZEN = "frozen.safetensors"
 _BROKEN = "broken-"
+_OWN_SHA256 = "manifest_sha256"
+"""Of all else that the manifest says: one flipped bit could make it speak of another plan, and not look broken."""
 
 FileRecords = dict[str, dict[str, Any]]
 """Path relative to the resume point -> size_bytes and sha256."""
@@ -124,7 +127,8 @@ def commit(stage_root: Path, step: int, *, files: FileRecords, record: Mapping[s
     """
     hidden, final = _hidden(stage_root, step), point_path(stage_root, step)
     reach("publish/before-manifest")
-    write_json(hidden / MANIFEST, {**record, "step": step, "files": files})
+    content = {**record, "step": step, "files": files}
+    write_json(hidden / MANIFEST, {**content, _OWN_SHA256: _content_sha256(content)})
     fsync_path(hidden / ENGINE)
     reach("publish/manifest")
     if final.exists():  # of an earlier attempt, and as good: but it is this attempt's state that LATEST speaks of
@@ -157,6 +161,8 @@ def verify(point: Path, *, deep: bool) -> dict[str, Any]:
     """
     try:
         manifest: dict[str, Any] = json.loads((point / MANIFEST).read_text())
+        if manifest.pop(_OWN_SHA256) != _content_sha256(manifest):
+            raise BrokenError("its manifest says other things than were written")
         files: FileRecords = manifest["files"]
         for name, expected in files.items():
             if (point / name).stat().st_size != expected["size_bytes"]:
@@ -207,6 +213,10 @@ def _points(stage_root: Path) -> list[Path]:
 
 def _hidden(stage_root: Path, step: int) -> Path:
     return stage_root / f".{step:08d}.tmp"
+
+
+def _content_sha256(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _record(path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from skd_dist.checkpoint import cannot_go_on_without
 from skd_dist.checkpointer import Preempted
 from skd_dist.config import RunConfig, batch_shape, check_config
 from skd_dist.display import RunDisplay, summary_table
@@ -45,7 +46,7 @@ from skd_dist.student_run import run_student
 from skd_dist.teacher import Teacher
 from skd_dist.teacher_process import TeacherProcess
 from skd_dist.teacher_run import load_teacher, make_link, serve_teacher, start_worker
-from skd_dist.tracking import NullTracker, RunTracker
+from skd_dist.tracking import JOURNAL_FILE, NullTracker, RunTracker
 
 
 def roles_of(config: RunConfig, world: World) -> RoleMap:
@@ -110,6 +111,7 @@ def run_all(configs: Sequence[RunConfig], *, world: World) -> int:
         rank=world.rank,
         folder=configs[0].run_dir,
         tell=watch.post_failure,
+        silent_ranks=lambda: watch.silent_ranks,
     )
     summaries: list[dict[str, Any]] = []
     exit_code = 0
@@ -169,7 +171,8 @@ def run_once(
     else:
         display = RunDisplay(enabled=job.world.rank == 0)
         if job.world.rank == 0:
-            tracker = track_run(prepared, job, run_key, digest, notify=display.notice)
+            with cannot_go_on_without(config.run_dir / JOURNAL_FILE):
+                tracker = track_run(prepared, job, run_key, digest, notify=display.notice)
             guards.emergency.watch(tracker, config)
             guards.notices.listener = tracker.log_teacher
         display.start_run(f"{config.name}: {config.method}", len(prepared.plan.stages))
@@ -202,7 +205,8 @@ def run_once(
     guards.notices.read(job.store)
     guards.notices.listener = None
     summary = _summary(prepared, found, digest, tracker)
-    write_summary(config.run_dir, summary)
+    with cannot_go_on_without(config.run_dir / "summary.json"):
+        write_summary(config.run_dir, summary)
     tracker.log_dict(summary, name="summary.json")
     guards.emergency.end("FINISHED")
     return [summary]

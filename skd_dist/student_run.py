@@ -8,7 +8,7 @@ from contextlib import closing
 from functools import partial
 from typing import Any
 
-from skd_dist.checkpoint import read_manifest, read_stage_result, write_tensors
+from skd_dist.checkpoint import cannot_go_on_without, read_manifest, read_stage_result, write_tensors
 from skd_dist.checkpointer import Preempted
 from skd_dist.errors import UserError
 from skd_dist.evaluate import evaluate_logits
@@ -144,7 +144,9 @@ def leave_if_asked(side: StudentSide, while_what: str) -> None:
 def write_student(side: StudentSide, state: State) -> None:
     """`RUN/student/model.safetensors`: what timm.create_model(..., checkpoint_path=...) loads."""
     if side.writes:
-        write_tensors(side.prepared.config.run_dir / "student" / "model.safetensors", state)
+        path = side.prepared.config.run_dir / "student" / "model.safetensors"
+        with cannot_go_on_without(path):
+            write_tensors(path, state)
 
 
 def _has(side: StudentSide, split: str) -> bool:

@@ -1,11 +1,14 @@
 """Stage results: what is written is read, and nothing half-written counts."""
 
+import errno
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
+from skd_dist import checkpoint
 from skd_dist.checkpoint import MANIFEST, TENSORS, read_manifest, read_stage_result, write_stage_result
 from skd_dist.errors import UserError
 
@@ -36,6 +39,27 @@ def test_an_unfinished_attempt_is_replaced(tmp_path: Path) -> None:
     write_stage_result(stage, STATE, {})
     assert not (stage / f".{TENSORS}.tmp-1").exists()
     assert read_manifest(stage) is not None
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        ("save_file", SafetensorError("I/O error: No space left on device")),
+        ("fsync_path", OSError(errno.ENOSPC, "No space left on device")),
+    ],
+)
+def test_a_full_disk_is_named_and_no_half_file_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, error: Exception
+) -> None:
+    def full(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(checkpoint, call, full)
+    with pytest.raises(UserError) as caught:
+        write_stage_result(tmp_path, STATE, {})
+    assert caught.value.line.startswith(f"{tmp_path} cannot be written; got ")
+    assert caught.value.line.endswith("No space left on device; make room there, then continue")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])

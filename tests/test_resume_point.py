@@ -107,6 +107,13 @@ def other_manifest(point: Path) -> None:
     (point / "manifest.json").write_text('{"files": ["rank-0000.safetensors"]}')
 
 
+def flip_manifest(point: Path) -> None:
+    """What it belongs to is no other file's bytes."""
+    text = (point / "manifest.json").read_text()
+    (point / "manifest.json").write_text(text.replace('"seed": 0', '"seed": 1'))
+    assert text.count('"seed": 0') == 1
+
+
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
@@ -115,7 +122,8 @@ def other_manifest(point: Path) -> None:
         (remove, "frozen.safetensors is missing"),
         (remove_manifest, "manifest.json is missing"),
         (empty_manifest, "its manifest cannot be read (JSONDecodeError('Expecting value: line 1 column 1 (char 0)'))"),
-        (other_manifest, """its manifest cannot be read (AttributeError("'list' object has no attribute 'items'"))"""),
+        (other_manifest, "its manifest cannot be read (KeyError('manifest_sha256'))"),
+        (flip_manifest, "its manifest says other things than were written"),
     ],
 )
 def test_a_broken_one_is_set_aside_and_the_one_before_is_used(

@@ -36,6 +36,7 @@ _CLOSING_S = 10.0
 """What `on_failure` may take (closing the tracking run against a slow server)."""
 _LINGER_S = 5.0
 """What a rank waits for others that never answer, because they are dead."""
+_SUSPICIOUS_S = 5.0
 _TICK_S, _NUM_LAST_TICKS = 0.02, 50
 
 _FAILED, _PRINTER, _SEEN, _GONE = "failure", "failure/printer", "failure/seen", "failure/gone"
@@ -68,6 +69,8 @@ class FailureWatch:
         # A connection of its own: one that waits for an answer makes all users of the same connection wait.
         self._store = job.store.clone()  # type: ignore[attr-defined]  # missing in torch's stub
         self._ages = PeerAges(self._store)
+        self.silent_ranks: tuple[int, ...] = ()
+        """On rank 0: who has given no sign of life for a while. A hint for messages, not yet a reason to end."""
         self._stopped = threading.Event()
         self._ending = threading.Lock()
         self._thread = threading.Thread(target=self._watch, name="failure-watch", daemon=True)
@@ -110,8 +113,9 @@ class FailureWatch:
                 self._end_without_store()
 
     def _judge_silent_ranks(self) -> None:
-        for rank in range(1, self._world.world_size):
-            silent_s = self._ages.age_s(rank)
+        ages_s = {rank: self._ages.age_s(rank) for rank in range(1, self._world.world_size)}
+        self.silent_ranks = tuple(rank for rank, silent_s in ages_s.items() if silent_s > _SUSPICIOUS_S)
+        for rank, silent_s in ages_s.items():
             if silent_s > self._timeout_s and not self._store.check([f"heartbeat/left/{rank}"]):
                 self._post(f"rank {rank} stopped answering; got no sign of life for {silent_s:.0f} s")
                 return

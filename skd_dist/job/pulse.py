@@ -12,7 +12,7 @@ import faulthandler
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from skd_dist.errors import EXIT_USER_ERROR
@@ -51,14 +51,25 @@ class StallWatch:
         rank: for the message.
         folder: where the stacks of all threads go.
         tell: ends the job with a line, and this process with it (`FailureWatch.post_failure`).
+        silent_ranks: who gives no sign of life, for the message.
     """
 
-    def __init__(self, pulse: Pulse, *, timeout_s: float, rank: int, folder: Path, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        pulse: Pulse,
+        *,
+        timeout_s: float,
+        rank: int,
+        folder: Path,
+        tell: Callable[[str], None],
+        silent_ranks: Callable[[], Sequence[int]] = tuple,
+    ) -> None:
         self._pulse = pulse
         self._timeout_s = timeout_s
         self._rank = rank
         self._folder = folder
         self._tell = tell
+        self._silent_ranks = silent_ranks
         threading.Thread(target=self._watch, name="stall-watch", daemon=True).start()
 
     def _watch(self) -> None:
@@ -68,12 +79,13 @@ class StallWatch:
         # The line says what is wrong even where nothing can be written.
         with contextlib.suppress(OSError), path.open("w") as file:
             faulthandler.dump_traceback(file=file, all_threads=True)
+        suspects = "".join(f"; rank {rank} gives no sign of life" for rank in self._silent_ranks())
         line = (
             f"rank {self._rank} has made no progress for {age_s:.0f} s; expected a batch within {self._timeout_s:g} s "
-            f"(--stall-timeout); see stacks-rank-*.txt in {self._folder}"
+            f"(--stall-timeout){suspects}; see stacks-rank-*.txt in {self._folder}"
         )
         telling = threading.Thread(target=self._tell, args=(line,), daemon=True)
         telling.start()
         telling.join(_TELL_S)
-        print_error(line)  # still here: the others cannot be reached
+        print_error(f"{line}; rank 0, which hosts the job's store, does not answer")  # else this would not be reached
         os._exit(EXIT_USER_ERROR)

@@ -8,6 +8,7 @@ carry their own time, and MLflow drops rows that are equal, so a batch that was 
 a failure it waits, for longer each time, before it tries again; training never waits for it.
 """
 
+import contextlib
 import json
 import threading
 import time
@@ -122,7 +123,8 @@ class JournalReplica:
             self._is_out = False
             self._notify(f"tracking store {self._where} answers again; nothing is lost")
         self._summary = writer.summary()
-        remember(self._state_file, offset, self._summary)
+        with contextlib.suppress(OSError):  # a hint: on a full disk the next start replays more than it had to
+            remember(self._state_file, offset, self._summary)
         self._offset = offset
 
     def _tell_outage(self, reason: str) -> None:

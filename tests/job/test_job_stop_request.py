@@ -176,6 +176,28 @@ def lose_the_store(directory: Path) -> None:
     time.sleep(100)
 
 
+def wait_for_a_stopped_rank(directory: Path) -> None:
+    job = join(2)
+    watch = FailureWatch(job, on_failure=lambda line: None)
+    dist.barrier()
+    if job.world.rank == 1:
+        time.sleep(2)  # it is only judged after its first sign of life
+        subprocess.Popen(f"sleep 18; kill -KILL {os.getpid()}", shell=True)
+        os.kill(os.getpid(), signal.SIGSTOP)
+    pulse = Pulse()
+    StallWatch(
+        pulse,
+        timeout_s=8,
+        rank=0,
+        folder=directory,
+        tell=watch.post_failure,
+        silent_ranks=lambda: watch.silent_ranks,
+    )
+    time.sleep(2)
+    pulse.beat()
+    time.sleep(100)
+
+
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("worlds")
@@ -196,6 +218,7 @@ def worlds(directory: Path):
             "save_for_too_long": 1,
             "get_stuck": 2,
             "lose_the_store": 2,
+            "wait_for_a_stopped_rank": 2,
         },
         directory,
     )
@@ -268,6 +291,15 @@ def test_who_is_stuck_ends_also_when_nobody_can_be_told(worlds) -> None:
     assert [result.code for result in results] == [-signal.SIGKILL, 2], results
     (line,) = results[1].stderr.splitlines()
     assert line.startswith("skd_dist: rank 1 has made no progress for ")
+    assert line.endswith("; rank 0, which hosts the job's store, does not answer")
+
+
+def test_who_waits_for_a_stopped_rank_names_it(worlds) -> None:
+    results = worlds["wait_for_a_stopped_rank"]
+    assert [result.code for result in results] == [2, -signal.SIGKILL], results
+    (line,) = results[0].stderr.splitlines()
+    assert line.startswith("skd_dist: rank 0 has made no progress for ")
+    assert "expected a batch within 8 s (--stall-timeout); rank 1 gives no sign of life; see stacks" in line
 
 
 def test_no_progress_is_expected_before_the_first_and_after_the_last() -> None:

@@ -122,4 +122,4 @@ def test_a_directory_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_manifests_are_plain_json(run_dir: Path) -> None:
     manifest = json.loads((run_dir / "resume/01-stage1/00000020/manifest.json").read_text())
-    assert sorted(manifest) == ["files", "identity", "mlflow", "stage", "step"]
+    assert sorted(manifest) == ["files", "identity", "manifest_sha256", "mlflow", "stage", "step"]

@@ -1,5 +1,6 @@
 """The worker between journal and store: nothing lost and nothing waited for, whatever the store does."""
 
+import errno
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -156,6 +157,23 @@ def test_without_a_sound_memory_everything_is_sent_again(journal: Journal, start
     journal.path.with_name(FILE).write_text(content)
     start(store).close(timeout_s=20)
     assert store.seen == [0, 1, 2]
+
+
+def test_without_room_for_its_memory_it_goes_on(
+    journal: Journal, start: Start, notices: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    store = FakeStore()
+    add(journal, 3)
+    replica = start(store)
+    replica.flush(timeout_s=20)
+    add(journal, 2)
+    replica.flush(timeout_s=20)
+    assert store.seen == [0, 1, 2, 3, 4] and notices == []
+    assert not journal.path.with_name(FILE).exists()
 
 
 def test_without_a_store_nothing_is_waited_for(journal: Journal, start: Start, notices: list[str]) -> None:
