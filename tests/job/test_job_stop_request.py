@@ -178,7 +178,7 @@ def lose_the_store(directory: Path) -> None:
 
 def wait_for_a_stopped_rank(directory: Path) -> None:
     job = join(2)
-    watch = FailureWatch(job, on_failure=lambda line: None)
+    watch = FailureWatch(job, on_failure=lambda line, exit_code: None)
     dist.barrier()
     if job.world.rank == 1:
         time.sleep(2)  # it is only judged after its first sign of life
