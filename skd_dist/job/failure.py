@@ -99,6 +99,8 @@ class FailureWatch:
 
     def _watch(self) -> None:
         while not self._stopped.wait(PERIOD_S):
+            if self.is_ending:
+                return  # another thread of this process ends it, and speaks to the store last
             try:
                 beat(self._store, self._world.rank)
                 if self._stop is not None:
@@ -173,10 +175,12 @@ class FailureWatch:
             if waited_s > _LINGER_S and self._store.check([f"{_SEEN}/0"]):
                 break
             time.sleep(_TICK_S)
-        self._store.add(_GONE, 1)
+        if self._world.rank != 0:
+            self._store.add(_GONE, 1)  # the last word: rank 0, and the store with it, may be gone after it
+            return
         num_others = self._store.add(_SEEN, 0) - 1
-        for _ in range(_NUM_LAST_TICKS if self._world.rank == 0 else 0):
-            if self._store.add(_GONE, 0) > num_others:
+        for _ in range(_NUM_LAST_TICKS):
+            if self._store.add(_GONE, 0) >= num_others:
                 break
             time.sleep(_TICK_S)
 
