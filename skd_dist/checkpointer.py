@@ -42,8 +42,6 @@ from skd_dist.resume_point import (
 BEST = "best.safetensors"
 """The weights chosen so far, where a stage hands on its best ones."""
 
-_MAX_NAMED = 5
-
 
 class Preempted(BaseException):
     """The run was asked to stop, and what there was to save is saved. Not an Exception: only the runner handles it."""
@@ -170,27 +168,6 @@ class Checkpointer:
             self._saved_step = step
             self._on_saved(step, time.monotonic() - started)
         return not failed
-
-    def check_frozen(self, point: Path) -> None:
-        """See that a resume point was made on the frozen parameters that the module has now.
-
-        Raises:
-            UserError: some differ, by name.
-        """
-        saved = load_file(point / FROZEN)
-        names = sorted(saved.keys() | self._frozen.keys())
-        differing = [
-            name
-            for name in names
-            if name not in saved or name not in self._frozen or not torch.equal(saved[name], self._frozen[name].cpu())
-        ]
-        if differing:
-            more = f" and {len(differing) - _MAX_NAMED} more" if len(differing) > _MAX_NAMED else ""
-            raise UserError(
-                f"resume point {point} was made on other frozen parameters",
-                got=", ".join(differing[:_MAX_NAMED]) + more,
-                do="put the earlier stage results back as they were, or remove this resume point",
-            )
 
     def restore(self, point: Path, manifest: Mapping[str, Any]) -> StageProgress:
         """Put engine and process into the state of a resume point of as many students. Collective."""

@@ -27,6 +27,8 @@ from skd_dist.stage_side import FoundPoint, State, StudentSide
 from skd_dist.student import MODEL_PREFIX, student_part
 from skd_dist.tracking import known_runs
 
+_MAX_NAMED = 5
+
 OTHER_MACHINE_REL_TOL = 1e-2
 """How far a metric that another machine computes again may be off before it is reported: a guess."""
 
@@ -41,9 +43,30 @@ def start_state(side: StudentSide, stage: StageSpec, state: State) -> State:
 
     Args:
         state: the student's tensors after the stage before.
+
+    Raises:
+        UserError: the stage before left other parameters than the resume point was made on.
     """
     found = _point_of(side, stage)
-    return state if found is None else {**state, **student_part(load_file(found.path / FROZEN))}
+    if found is None:
+        return state
+    saved = student_part(load_file(found.path / FROZEN))
+    if stage.index > 0:  # before the first stage they come from a seed, which another build may turn into others
+        _check_same(saved, state, what=f"resume point {found.path}")
+    return {**state, **saved}
+
+
+def _check_same(saved: State, state: State, *, what: str) -> None:
+    differing = sorted(
+        name for name, value in saved.items() if name not in state or not torch.equal(value, state[name].cpu())
+    )
+    if differing:
+        more = f" and {len(differing) - _MAX_NAMED} more" if len(differing) > _MAX_NAMED else ""
+        raise UserError(
+            f"{what} was made on other frozen parameters",
+            got=", ".join(differing[:_MAX_NAMED]) + more,
+            do="put the earlier stage results back as they were, or remove this resume point",
+        )
 
 
 def make_checkpointer(side: StudentSide, stage: StageSpec, engine: Engine, state: State) -> Checkpointer:
@@ -86,7 +109,6 @@ def begin(side: StudentSide, stage: StageSpec, checkpointer: Checkpointer) -> St
         seed_process(derive_seed("process", side.prepared.config.seed, stage.index, side.student_rank))
         return StageProgress()
     check_belongs(found.manifest, checkpointer.record, what=f"resume point {found.path}")
-    checkpointer.check_frozen(found.path)
     notes = differences(found.manifest, checkpointer.record)
     for note in notes:
         side.display.notice(f"not bit for bit: {note}")

@@ -124,20 +124,6 @@ def test_what_both_saved_comes_back_to_both(tmp_path: Path) -> None:
         assert student.checkpointer.chosen["model.w"].tolist() == [3.0]
 
 
-def test_a_resume_point_on_other_frozen_parameters_is_refused(tmp_path: Path) -> None:
-    together(lambda student: student.checkpointer.save(progress(7)), students(tmp_path))
-    found = newest_sound(tmp_path, notify=pytest.fail)
-    assert found is not None
-    same, moved, renamed = (students(tmp_path)[0].checkpointer for _ in range(3))
-    same.check_frozen(found[0])
-    moved._frozen = {"model.frozen": torch.ones(1).nextafter(torch.zeros(1))}
-    with pytest.raises(UserError, match=r"00000007 was made on other frozen parameters; got model\.frozen; put"):
-        moved.check_frozen(found[0])
-    renamed._frozen = {f"model.{number}": torch.ones(1) for number in range(6)}
-    with pytest.raises(UserError, match=r"got model\.0, model\.1, model\.2, model\.3, model\.4 and 2 more; put"):
-        renamed.check_frozen(found[0])
-
-
 class Replicated(FakeEngine):
     """An engine whose state every student has, in one file."""
 

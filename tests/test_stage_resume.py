@@ -79,8 +79,6 @@ class Restores:
     def __init__(self, record: dict[str, Any]) -> None:
         self.record, self.way = record, ""
 
-    def check_frozen(self, point: Path) -> None: ...
-
     def restore(self, path: Path, manifest: object) -> StageProgress:
         torch.manual_seed(99)  # what was saved of this very student
         self.way = "as many"
@@ -133,13 +131,29 @@ def test_another_micro_batch_alone_needs_no_conversion() -> None:
     assert side.heard[0] == "not bit for bit: micro_batch_size was 12, is 6"
 
 
+def side_at(path: Path, *, stage_index: int = 1) -> Any:
+    return Side(point=FoundPoint(stage_index=stage_index, path=path, manifest=RECORD))
+
+
 def test_what_does_not_train_comes_from_the_resume_point(tmp_path: Path) -> None:
+    """Of the first stage: it began with a seed, whose parameters may be others on another build."""
     save_file({"model.frozen": torch.full((2,), 5.0)}, tmp_path / "frozen.safetensors")
     state = {"frozen": torch.zeros(2), "trained": torch.ones(2)}
-    here: Any = Side(point=FoundPoint(stage_index=1, path=tmp_path, manifest=RECORD))
-    found = start_state(here, STAGE, state)
+    first: Any = SimpleNamespace(index=0, name="stem")
+    found = start_state(side_at(tmp_path, stage_index=0), first, state)
     assert {name: value.tolist() for name, value in found.items()} == {"frozen": [5.0, 5.0], "trained": [1.0, 1.0]}
-    elsewhere: Any = Side(point=FoundPoint(stage_index=0, path=tmp_path, manifest=RECORD))
-    assert start_state(elsewhere, STAGE, state) is state
+    assert start_state(side_at(tmp_path), first, state) is state
     fresh: Any = Side(point=None)
-    assert start_state(fresh, STAGE, state) is state
+    assert start_state(fresh, first, state) is state
+
+
+def test_a_resume_point_on_another_result_of_the_stage_before_is_refused(tmp_path: Path) -> None:
+    save_file({f"model.{number}": torch.ones(1) for number in range(7)}, tmp_path / "frozen.safetensors")
+    same = {str(number): torch.ones(1) for number in range(7)}
+    assert start_state(side_at(tmp_path), STAGE, same) == same
+    with pytest.raises(
+        UserError, match=r"resume point \S+ was made on other frozen parameters; got 3; put"
+    ):
+        start_state(side_at(tmp_path), STAGE, same | {"3": torch.ones(1).nextafter(torch.zeros(1))})
+    with pytest.raises(UserError, match=r"got 0, 1, 2, 3, 4 and 2 more; put the earlier stage results back"):
+        start_state(side_at(tmp_path), STAGE, {})
