@@ -18,12 +18,14 @@ import torch
 
 from skd_dist.config import MAY_CHANGE_ON_RESUME, RunConfig
 from skd_dist.display import RunDisplay
+from skd_dist.emergency import Emergency
 from skd_dist.engines import EngineSpec, load_deepspeed_config
 from skd_dist.errors import UserError
 from skd_dist.job.consensus import agree, broadcast_text, gather_text
 from skd_dist.job.rendezvous import Job
 from skd_dist.prepare import Prepared, prepare_run, unpack_embedded_data
 from skd_dist.resume_point import newest_sound, verify
+from skd_dist.run_lock import take_lock
 from skd_dist.run_record import open_run_directory
 from skd_dist.stage_side import FoundPoint
 from skd_dist.student_run import count_done
@@ -63,6 +65,18 @@ def agreed(job: Job, point: str) -> Iterator[None]:
     except UserError as caught:
         error = caught
     agree(job, point, error)
+
+
+def lock_directory(job: Job, config: RunConfig, key: str, emergency: Emergency) -> None:
+    """Make this job the only one at work in the run directory; the lock is held until the run has ended."""
+    with agreed(job, f"{key}/lock"):
+        if job.world.rank == 0:
+            try:
+                emergency.hold(take_lock(config.run_dir, patience_s=config.grace))
+            except OSError as error:
+                raise UserError(
+                    "run directory cannot be locked", got=f"{config.run_dir} ({error.strerror})", do="make room there"
+                ) from error
 
 
 def prepare_together(job: Job, config: RunConfig, key: str) -> Prepared:

@@ -27,16 +27,15 @@ from skd_dist.job.stop_request import EXIT_STOPPED, StopRequest, ending_with, la
 from skd_dist.link.ask_ahead import AskAhead
 from skd_dist.prepare import Prepared
 from skd_dist.roles import RoleMap, World, make_role_map, resolve_teacher_ranks
-from skd_dist.run_lock import take_lock
 from skd_dist.run_record import resume_those_begun, write_summary
 from skd_dist.run_setup import (
     JOB_TIMEOUT,
-    agreed,
     collective_timeout,
     device_kind,
     device_of,
     engine_spec_of,
     keep_micro_batch_size,
+    lock_directory,
     open_record,
     prepare_together,
     track_run,
@@ -210,18 +209,6 @@ def run_once(
     tracker.log_dict(summary, name="summary.json")
     guards.emergency.end("FINISHED")
     return [summary]
-
-
-def lock_directory(job: Job, config: RunConfig, key: str, emergency: Emergency) -> None:
-    """Make this job the only one at work in the run directory; the lock is held until the run has ended."""
-    with agreed(job, f"{key}/lock"):
-        if job.world.rank == 0:
-            try:
-                emergency.hold(take_lock(config.run_dir, patience_s=config.grace))
-            except OSError as error:
-                raise UserError(
-                    "run directory cannot be locked", got=f"{config.run_dir} ({error.strerror})", do="make room there"
-                ) from error
 
 
 def _check_teacher_unchanged(job: Job, teacher: Teacher | None, key: str) -> None:

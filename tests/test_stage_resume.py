@@ -151,9 +151,7 @@ def test_a_resume_point_on_another_result_of_the_stage_before_is_refused(tmp_pat
     save_file({f"model.{number}": torch.ones(1) for number in range(7)}, tmp_path / "frozen.safetensors")
     same = {str(number): torch.ones(1) for number in range(7)}
     assert start_state(side_at(tmp_path), STAGE, same) == same
-    with pytest.raises(
-        UserError, match=r"resume point \S+ was made on other frozen parameters; got 3; put"
-    ):
+    with pytest.raises(UserError, match=r"resume point \S+ was made on other frozen parameters; got 3; put"):
         start_state(side_at(tmp_path), STAGE, same | {"3": torch.ones(1).nextafter(torch.zeros(1))})
     with pytest.raises(UserError, match=r"got 0, 1, 2, 3, 4 and 2 more; put the earlier stage results back"):
         start_state(side_at(tmp_path), STAGE, {})
