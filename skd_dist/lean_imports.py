@@ -20,13 +20,8 @@ _COMPILER, _QUESTION = "torch._dynamo", "torch._dynamo.utils"
 
 @contextmanager
 def lean_imports() -> Iterator[None]:
-    """What is imported in here does not import the compiler, unless somebody has before."""
-    if _COMPILER in sys.modules:
-        yield
-        return
-    stand_ins = {name: ModuleType(name) for name in (_COMPILER, _QUESTION)}
-    stand_ins[_COMPILER].__path__ = []
-    stand_ins[_QUESTION].is_compile_supported = _is_compile_supported  # type: ignore[attr-defined]
+    """What is imported in here neither imports the compiler nor uses it."""
+    stand_ins = {} if _COMPILER in sys.modules else _make_stand_ins()
     sys.modules.update(stand_ins)
     try:
         with patch.object(torch.compiler, "disable", _leave_alone), patch.object(torch, "compile", _leave_alone):
@@ -34,6 +29,13 @@ def lean_imports() -> Iterator[None]:
     finally:
         for name in stand_ins:
             del sys.modules[name]
+
+
+def _make_stand_ins() -> dict[str, ModuleType]:
+    stand_ins = {name: ModuleType(name) for name in (_COMPILER, _QUESTION)}
+    stand_ins[_COMPILER].__path__ = []
+    stand_ins[_QUESTION].is_compile_supported = _is_compile_supported  # type: ignore[attr-defined]
+    return stand_ins
 
 
 def _leave_alone(function: Callable[..., Any] | None = None, *arguments: Any, **options: Any) -> Any:

@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+from skd_dist.lean_imports import lean_imports
+
 PROGRAM = """
 import json, sys
 import skd_dist.cli, skd_dist.teacher_worker
@@ -26,3 +28,17 @@ def test_the_compiler_is_imported_by_who_uses_it() -> None:
     assert lean == [] and disable_from == "torch.compiler"
     assert pooled == [1, 1, 2, 2] and supported is True and imported
     assert compiled == [2.0, 2.0]
+
+
+def test_what_is_imported_in_it_is_not_compiled_even_where_the_compiler_is_there_already() -> None:
+    import torch._dynamo
+
+    compile_before = torch.compile
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+    with lean_imports():
+        assert torch.compile(function) is function and torch.compile(dynamic=True)(function) is function
+        assert torch.compiler.disable(function) is function
+    assert torch.compile is compile_before

@@ -95,7 +95,9 @@ class World:
             interval=Interval(steps=1),
             record={"stage": {"name": root.name}, "identity": {"num_students": self.size}},
             frozen={name: value for name, value in self.initial.items() if name in self.frozen and name not in buffers},
+            notes=dict,
             stop_asked=lambda: False,
+            no_teacher=lambda: None,
             on_saved=lambda step, seconds: None,
             notify=print,
         )
