@@ -35,6 +35,8 @@ from chaos_server import Mood, tracking_server
 from skd_dist.fault_points import PLACES
 from skd_dist.resume_point import BrokenError, verify
 from skd_dist.tracking import JOURNAL_FILE
+from skd_dist.tracking.replica import FILE as REPLICA_FILE
+from skd_dist.tracking.replica import recall
 
 Record = dict[str, Any]
 
@@ -239,8 +241,8 @@ def disturb_tracking(scene: Scene, mood: Mood) -> Record:
     """A tracking server that goes out of order in mid-run; afterwards the run is brought to it."""
     with tracking_server(scene.run_dir.parent / "server") as (door, good_uri):
         with scene.launch("--tracking-uri", door.uri) as launch:
-            if not launch.trains():
-                return {"done": "finished first"}
+            while launch.goes_on() and recall(scene.run_dir / REPLICA_FILE).get("tracking_uri") != door.uri:
+                time.sleep(0.1)  # until the server has something of this run
             time.sleep(scene.dice.uniform(0, 8))
             door.turn(mood)
             exit_s = launch.finish()
