@@ -1,11 +1,11 @@
 """Disturb a run again and again, and see that nothing was lost.
 
-    python tools/chaos.py [--rounds 100] [--seed 0] [--victims kills faults] [--out runs/chaos]
+    python tools/chaos.py [--rounds 100] [--seed 0] [--victims kills losses faults] [--out runs/chaos]
 
 One round is one `deepspeed` launch of a toy run (one teacher, two students under ZeRO 2) that something happens to: a
 random student, the teacher or a launcher process is killed at a random moment of training, a student at a named place
 inside the writing of a resume point, or any rank gets SIGTERM, which is how clusters preempt (`kills`); the teacher's
-worker process is killed under a launch that must go on, a rank is stopped, the disk is full, a resume point is damaged,
+worker process is killed under a launch that must go on (`losses`); a rank is stopped, the disk is full, a resume point is damaged,
 a second job starts in the same directory, the tracking server is out of order (`faults`). The same command then goes
 on, until the run is finished; then its weights and its whole journal are compared, bit for bit, with those of a run
 that nobody disturbed, its MLflow histories with the journal, and the next run begins. What came out is appended to
@@ -30,15 +30,16 @@ sys.path.insert(0, str(Path(__file__).parent))  # as a script it is there alread
 
 from chaos_checks import check_store, compare, lost_work, results_of
 from chaos_disk import bring_home
-from chaos_faults import FAULTS, KILLS, Scene
+from chaos_faults import FAULTS, KILLS, LOSSES, Scene
 from chaos_launch import SAVE_EVERY_STEPS, FailedError, Launch, end_leftovers, is_finished, reached
 
 MIXTURES = {
     "kills": (*KILLS, "publish"),
-    "faults": (*FAULTS, "teacher worker", "stopped", "full disk", "damage"),
+    "losses": tuple(LOSSES),
+    "faults": (*FAULTS, "stopped", "full disk", "damage"),
 }
 """Drawn twice as often: what can happen at many places."""
-PLAYS = {**KILLS, **FAULTS}
+PLAYS = {**KILLS, **LOSSES, **FAULTS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ class Chaos:
     seed: int = 0
     """Decides every victim and moment."""
     victims: tuple[str, ...] = ("kills",)
-    """Drawn from: mixtures (kills, faults), or single victims by name."""
+    """Drawn from: mixtures (kills, losses, faults), or single victims by name."""
     out: Path = Path("runs/chaos")
     """Where runs and figures go."""
 

@@ -1,8 +1,8 @@
 """What chaos.py does to a launch: every victim is a function that plays one round and tells what it did.
 
 kills    processes, at a random moment or at a named place inside the writing of a resume point
-faults   the teacher's worker killed again and again, a stopped rank, a full disk, a damaged resume point, a second job,
-         a tracking server out of order
+losses   the process that holds the teacher's model, killed again and again under a launch that goes on
+faults   a stopped rank, a full disk, a damaged resume point, a second job, a tracking server out of order
 """
 
 import re
@@ -260,8 +260,8 @@ KILLS: Mapping[str, Callable[[Scene], Record]] = {
     "preemption": preempt,
     "publish": kill_in_publish,
 }
+LOSSES: Mapping[str, Callable[[Scene], Record]] = {"teacher worker": kill_teacher_worker}
 FAULTS: Mapping[str, Callable[[Scene], Record]] = {
-    "teacher worker": kill_teacher_worker,
     "stopped": stop,
     "full disk": fill_disk,
     "damage": damage,
