@@ -5,11 +5,11 @@
 One round is one `deepspeed` launch of a toy run (one teacher, two students under ZeRO 2) that something happens to: a
 random student, the teacher or a launcher process is killed at a random moment of training, a student at a named place
 inside the writing of a resume point, or any rank gets SIGTERM, which is how clusters preempt (`kills`); the teacher's
-worker process is killed under a launch that must go on (`losses`); a rank is stopped, the disk is full, a resume point is damaged,
-a second job starts in the same directory, the tracking server is out of order (`faults`). The same command then goes
-on, until the run is finished; then its weights and its whole journal are compared, bit for bit, with those of a run
-that nobody disturbed, its MLflow histories with the journal, and the next run begins. What came out is appended to
-OUT/rounds.jsonl; started again, the program continues there.
+worker process is killed under a launch that must go on (`losses`); a rank is stopped, the disk is full, a resume point
+is damaged, a second job starts in the same directory, the tracking server is out of order (`faults`). The same command
+then goes on, until the run is finished; then its weights and its whole journal are compared, bit for bit, with those
+of a run that nobody disturbed, its MLflow histories with the journal, and the next run begins. What came out is
+appended to OUT/rounds.jsonl; started again, the program continues there.
 
 Exit code 1 as soon as anything differs, a process outlives the job, or more work is lost than lies between two resume
 points. The full disk needs root, and is left out with a word where mounting is refused.
