@@ -72,6 +72,8 @@ class TeacherProcess:
         self._order = order
         self._passage = make_passage(torch.device(order.device), self._memory_file)
         try:
+            if self._process.poll() is not None:  # lost between two runs, when nobody asked it anything
+                self._start()
             self._loaded = self._load()
         except TeacherLostError as lost:
             raise UserError(f"the teacher cannot be loaded: {lost}") from lost
