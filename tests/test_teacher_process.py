@@ -5,6 +5,7 @@ import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -123,8 +124,9 @@ def test_it_waits_for_a_checkpoint_that_cannot_be_read(
     with pytest.raises(TeacherLostError, match=rf"^its worker process {worker.pid} was killed by SIGKILL$"):
         teacher.answer(IMAGES, OUTPUTS)
     assert not teacher.has_moved()
-    # The file comes back during the first pause.
-    monkeypatch.setattr("skd_dist.teacher_process.time.sleep", lambda seconds: away.rename(path))
+    # The file comes back during the first pause. Only this module's: other threads of this process sleep too.
+    pausing = SimpleNamespace(sleep=lambda seconds: away.rename(path))
+    monkeypatch.setattr("skd_dist.teacher_process.time", pausing)
     teacher.revive()
     assert "the teacher does not come back yet: teacher checkpoint" in capfd.readouterr().err
     assert_answers_as(teacher, order)
