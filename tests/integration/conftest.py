@@ -1,17 +1,34 @@
-"""Launches that several tests read: each is started once per session."""
+"""Launches that several tests read. A launch costs most of a minute, so each plays many runs, and starts once."""
 
 import json
 import shutil
+import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from launching import ROOT, Finished, launch_cases
+from interventions import kill_workers, stop_when_saved
+from launching import ROOT, Finished, environment, launch_cases, summary_of
+from safetensors.torch import save_file
 
+from skd_dist.config import RunConfig
+from skd_dist.models.create import create_model
 from tests.conftest import PackNoise
+
+LAUNCHING_TIMEOUT_S = 900
+"""The first test of a launch waits for it."""
+
+
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    for item in items:
+        if item.path.parent == Path(__file__).parent and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(LAUNCHING_TIMEOUT_S))
 
 
 @pytest.fixture(scope="session")
@@ -20,12 +37,30 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")
 
 
-def _must_finish(done: Finished) -> None:
-    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+def _must_end(done: Finished, runs: Path, cases: Sequence[dict[str, Any]], *, code: int = 0, last: str) -> None:
+    """All runs of a launch are finished, the last one is what it should be, and so is the launch."""
+    said = f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    assert done.returncode == code, said
+    states = [summary_of(runs / case["name"])["status"] for case in cases]
+    assert states == ["finished"] * (len(cases) - 1) + [last], said
 
 
 # Adam turns the sign of a rounding error into a whole step, and one_cycle ends at a step too small for float32.
 STEADY = {"optimizer": "sgd", "schedule": "constant", "lr": 0.05}
+
+ELASTIC: dict[str, Any] = {
+    "deepspeed_config": "cpu",
+    "teacher_ranks": 0,
+    "stage_duration": "16steps",
+    "head_duration": "16steps",
+    "checkpoint_every": "5steps",
+}
+STOPPED_IN = "stage1"
+"""Or a stage after it, where the signal comes late."""
+
+NUM_TEACHER_LOSSES = 3
+TEACHER_TIMEOUT_S = 45.0
+"""Longer than a worker takes to begin on a busy machine: two losses must be survived before the one that is not."""
 
 
 def _in_float32(folder: Path, name: str) -> str:
@@ -39,35 +74,86 @@ def _in_float32(folder: Path, name: str) -> str:
 
 @pytest.fixture(scope="session")
 def two_students(runs: Path) -> Path:
-    """Two students with the teacher inside each: every engine, and the other teacher-using method."""
+    """Two students, the teacher inside each: every engine, the other teacher-using method; `moved` is stopped."""
     configs = {"none": "none", "cpu": "cpu"} | {name: _in_float32(runs, name) for name in ("zero0", "zero1", "zero3")}
     cases = [STEADY | {"name": f"inline-{name}", "deepspeed_config": config} for name, config in configs.items()]
-    cases += [{"name": "inline-simultaneous", "deepspeed_config": "none", "method": "simultaneous"}]
-    _must_finish(launch_cases(runs, [{**case, "teacher_ranks": 0} for case in cases], ranks=2, name="two"))
+    cases += [
+        {"name": "inline-simultaneous", "deepspeed_config": "none", "method": "simultaneous"},
+        ELASTIC | {"name": "undisturbed"},
+        ELASTIC | {"name": "moved"},
+    ]
+    stop = stop_when_saved(runs / "moved", STOPPED_IN)
+    done = launch_cases(runs, [{**case, "teacher_ranks": 0} for case in cases], ranks=2, name="two", meanwhile=stop)
+    assert done.returncode != 0, "it was stopped"
+    _must_end(done, runs, cases, code=done.returncode, last="killed")
     return runs
 
 
 @pytest.fixture(scope="session")
-def one_teacher(runs: Path) -> Path:
-    """Two students and one teacher rank."""
+def teacher_checkpoint(runs: Path) -> Path:
+    """In a file what a run makes from its seed."""
+    seed = RunConfig.__dataclass_fields__["seed"].default
+    path = runs / "teacher.safetensors"
+    save_file(create_model("skd_narrow_resnet26", num_classes=10, image_size=32, seed=seed).state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def teacher_lost(runs: Path, teacher_checkpoint: Path) -> dict[str, Any]:
+    """A run whose teacher is killed again and again: that of `one-teacher-cpu`."""
+    return STEADY | {
+        "name": "teacher-lost",
+        "deepspeed_config": "cpu",
+        "prefetch": 1,
+        "teacher_checkpoint": str(teacher_checkpoint),
+        "teacher_timeout": TEACHER_TIMEOUT_S,
+    }
+
+
+@pytest.fixture(scope="session")
+def one_teacher_launch(runs: Path, teacher_checkpoint: Path, teacher_lost: dict[str, Any]) -> Finished:
+    """Two students and one teacher rank, which is left without a model in the last run."""
     cases = [
         STEADY | {"name": "one-teacher-none", "deepspeed_config": "none"},
         STEADY | {"name": "one-teacher-cpu", "deepspeed_config": "cpu", "prefetch": 5},
         {"name": "one-teacher-simultaneous", "deepspeed_config": "none", "method": "simultaneous"},
         {"name": "one-teacher-no_teacher", "deepspeed_config": "none", "method": "no_teacher"},
+        teacher_lost,
     ]
-    _must_finish(launch_cases(runs, [{**case, "teacher_ranks": 1} for case in cases], ranks=3, name="three"))
+    kill = kill_workers(runs / "teacher-lost", checkpoint=teacher_checkpoint, times=NUM_TEACHER_LOSSES)
+    done = launch_cases(runs, [{**case, "teacher_ranks": 1} for case in cases], ranks=3, name="three", meanwhile=kill)
+    _must_end(done, runs, cases, code=2, last="failed")
+    teacher_checkpoint.with_suffix(".away").rename(teacher_checkpoint)
+    return done
+
+
+@pytest.fixture(scope="session")
+def one_teacher(runs: Path, one_teacher_launch: Finished) -> Path:
+    """Where the runs with one teacher rank lie."""
     return runs
 
 
 @pytest.fixture(scope="session")
-def two_teachers(runs: Path) -> Path:
-    """Two students and two teacher ranks, one request under way at a time and several."""
+def two_teachers_launch(runs: Path) -> Finished:
+    """Two students and two teacher ranks, one request under way at a time and several; `guessing` must not begin."""
+    untrained = create_model("skd_narrow_resnet26", num_classes=10, image_size=32, seed=0)
+    torch.nn.init.zeros_(untrained.get_submodule("fc").weight)
+    save_file(untrained.state_dict(), runs / "guessing.safetensors")
+    guessing = {"teacher_checkpoint": str(runs / "guessing.safetensors"), "allow_untrained_teacher": False}
     cases = [
         STEADY | {"name": "two-teachers-none", "deepspeed_config": "none", "prefetch": 0},
         STEADY | {"name": "two-teachers-cpu", "deepspeed_config": "cpu"},
+        guessing | {"name": "guessing", "deepspeed_config": "none"},
     ]
-    _must_finish(launch_cases(runs, [{**case, "teacher_ranks": 2} for case in cases], ranks=4, name="four"))
+    cases = [{**case, "teacher_ranks": 2} for case in cases]
+    done = launch_cases(runs, cases, ranks=4, name="four", note_exit_codes=True)
+    _must_end(done, runs, cases, code=2, last="failed")
+    return done
+
+
+@pytest.fixture(scope="session")
+def two_teachers(runs: Path, two_teachers_launch: Finished) -> Path:
+    """Where the runs with two teacher ranks lie."""
     return runs
 
 
@@ -77,7 +163,7 @@ def one_process(runs: Path, pack_noise: PackNoise) -> Path:
     labels = [number % 10 for number in range(60)]
     orders = {"as-they-are": labels, "permuted": labels[1:] + labels[:1]}
     shards = {name: str(pack_noise(runs / f"shards-{name}", order)) for name, order in orders.items()}
-    cases: list[dict[str, object]] = [
+    cases: list[dict[str, Any]] = [
         STEADY | {"name": "alone", "deepspeed_config": "none", "micro_batch_size": 12},
         {"name": "alone-best", "deepspeed_config": "none", "stage_weights": "best", "stage_duration": "4steps"},
         {"name": "alone-drift", "deepspeed_config": "none", "frozen_batchnorm": "train"},
@@ -92,19 +178,36 @@ def one_process(runs: Path, pack_noise: PackNoise) -> Path:
         }
         for name, path in shards.items()
     ]
-    _must_finish(launch_cases(runs, cases, ranks=1, name="one"))
+    _must_end(launch_cases(runs, cases, ranks=1, name="one"), runs, cases, last="finished")
     return runs
 
 
 @pytest.fixture(scope="session")
-def resumed(one_process: Path) -> Path:
-    """The run `alone` with its last three stages undone, continued by a launch of its own."""
-    run = one_process / "resumed"
-    shutil.copytree(one_process / "alone", run)
+def converted(two_students: Path) -> str:
+    """What tools/checkpoint.py says when `moved` is made ready for any number of students."""
+    tool = [sys.executable, "tools/checkpoint.py", "convert", str(two_students / "moved")]
+    return subprocess.run(tool, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="session")
+def resumed_launch(runs: Path, one_process: Path, converted: str) -> Finished:
+    """One student: the run `alone` with its last three stages undone, and what two students left of `moved`."""
+    run = runs / "resumed"
+    shutil.copytree(runs / "alone", run)
     for stage in ("03-stage3", "04-stage4", "05-head"):
         shutil.rmtree(run / "stages" / stage)
     (run / "summary.json").unlink()
     shutil.rmtree(run / "student")
-    case = STEADY | {"name": "resumed", "deepspeed_config": "none", "micro_batch_size": 12, "resume": True}
-    _must_finish(launch_cases(one_process, [case], ranks=1, name="again"))
-    return one_process
+    cases = [
+        STEADY | {"name": "resumed", "deepspeed_config": "none", "micro_batch_size": 12, "resume": True},
+        ELASTIC | {"name": "moved", "resume": True},
+    ]
+    done = launch_cases(runs, cases, ranks=1, name="again")
+    _must_end(done, runs, cases, last="finished")
+    return done
+
+
+@pytest.fixture(scope="session")
+def resumed(runs: Path, resumed_launch: Finished) -> Path:
+    """Where the continued runs lie."""
+    return runs

@@ -4,7 +4,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from skd_dist.tracking import JOURNAL_FILE, read_events
+from skd_dist.tracking.journal import Event
+
 ROOT = Path(__file__).parents[2]
 LAUNCH_TIMEOUT_S = 280
+
+Launcher = subprocess.Popen[str]
 
 
 @dataclass(frozen=True)
@@ -44,34 +50,50 @@ def environment(**changes: str) -> dict[str, str]:
     }
 
 
-def launch_cases(folder: Path, cases: Sequence[Mapping[str, Any]], *, ranks: int, name: str = "runs") -> Finished:
+def launch_cases(
+    folder: Path,
+    cases: Sequence[Mapping[str, Any]],
+    *,
+    ranks: int,
+    name: str = "runs",
+    meanwhile: Callable[[Launcher], None] = lambda launcher: None,
+    note_exit_codes: bool = False,
+) -> Finished:
     """Chain runs in one `deepspeed` launch; each case is the changes to the digits toy, `name` being its directory."""
-    return launch(cases_command(folder, cases, name=name), ranks=ranks)
-
-
-def cases_command(folder: Path, cases: Sequence[Mapping[str, Any]], *, name: str) -> list[str]:
-    """What `launch_cases` launches."""
     runs_file = folder / f"{name}.json"
     runs_file.write_text(json.dumps(list(cases)))
-    return [str(ROOT / "tests/integration/cases_recipe.py"), str(runs_file)]
+    command = [str(ROOT / "tests/integration/cases_recipe.py"), str(runs_file)]
+    if note_exit_codes:
+        command = noting_exit_codes(folder, command)
+    return launch(command, ranks=ranks, meanwhile=meanwhile)
 
 
-def launch(command: Sequence[str], *, ranks: int, **changes: str) -> Finished:
-    """`deepspeed --num_accelerators RANKS COMMAND`."""
-    done = subprocess.run(
-        launch_command(command, ranks=ranks),
-        cwd=ROOT,
-        env=environment(**changes),
-        capture_output=True,
-        text=True,
-        timeout=LAUNCH_TIMEOUT_S,
-        check=False,
-    )
-    return Finished(done.returncode, done.stdout, done.stderr)
+def noting_exit_codes(folder: Path, command: Sequence[str]) -> list[str]:
+    """The command under a program that writes each rank's exit code to FOLDER/exit-RANK."""
+    return [str(ROOT / "tests/integration/exit_codes.py"), str(folder), *command]
 
 
-def launch_command(command: Sequence[str], *, ranks: int) -> list[str]:
-    return ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(free_port()), *command]
+def exit_codes(folder: Path, *, ranks: int) -> list[str]:
+    """What `noting_exit_codes` wrote down."""
+    return [(folder / f"exit-{rank}").read_text() for rank in range(ranks)]
+
+
+def launch(
+    command: Sequence[str], *, ranks: int, meanwhile: Callable[[Launcher], None] = lambda launcher: None
+) -> Finished:
+    """`deepspeed --num_accelerators RANKS COMMAND`; `meanwhile` is called with the launcher once it has started."""
+    whole = ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(free_port()), *command]
+    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+        launcher = subprocess.Popen(whole, cwd=ROOT, env=environment(), stdout=stdout, stderr=stderr, text=True)
+        try:
+            meanwhile(launcher)
+            code = launcher.wait(timeout=LAUNCH_TIMEOUT_S)
+        finally:
+            launcher.kill()
+            launcher.wait()
+        for file in (stdout, stderr):
+            file.seek(0)
+        return Finished(code, stdout.read(), stderr.read())
 
 
 def free_port() -> int:
@@ -88,6 +110,12 @@ def summary_of(run: Path) -> dict[str, Any]:
     """`summary.json` of a run."""
     found: dict[str, Any] = json.loads((run / "summary.json").read_text())
     return found
+
+
+def events_of(run: Path) -> list[Event]:
+    """Its journal; nothing where there is none yet."""
+    path = run / JOURNAL_FILE
+    return [event for event, _ in read_events(path)] if path.exists() else []
 
 
 def stage_states(run: Path) -> dict[str, dict[str, torch.Tensor]]:
