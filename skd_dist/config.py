@@ -14,6 +14,9 @@ from typing import Any, Literal
 import tyro
 
 from skd_dist.data.images import Augment
+from skd_dist.data.imbalance import parse_imbalance
+from skd_dist.data.label_noise import parse_label_noise
+from skd_dist.data.selection import SelectionSpec
 from skd_dist.duration import parse_duration, parse_interval
 from skd_dist.errors import UserError
 from skd_dist.methods import find_method
@@ -35,8 +38,8 @@ class RunConfig:
 
     train_shards: str
     """Training shards: a directory, a brace or glob pattern, a list file, or digits:train for the embedded digits."""
-    val_shards: str
-    """Validation shards, likewise."""
+    val_shards: str | None = None
+    """Validation shards, likewise; None with --val-holdout."""
     test_shards: str | None = None
     """Test shards, likewise; measured once, with the finished student."""
     teacher: str | None = None
@@ -57,6 +60,14 @@ class RunConfig:
     """Training augmentation: resized_crop (ImageNet), crop_flip (CIFAR), shift (digits) or none."""
     fraction: float = 1.0
     """Share of the training samples that is used, 0 < f <= 1; class-balanced, nested."""
+    train_keys: str | None = None
+    """File that names the training samples, one key or image name per line; --fraction is taken of these."""
+    val_holdout: float | None = None
+    """Share of the training samples that is held out for validation, before the fraction is taken, 0 < f < 1."""
+    label_noise: str | None = None
+    """Wrong training labels, KIND:RATE; KIND symmetric, uniform or pairflip. The hold-out is noisy too."""
+    imbalance: str | None = None
+    """Long tail of class sizes, GAMMA[:MAX:MIN]; class 0 keeps MAX samples, the last class MIN."""
     teacher_ranks: int | Literal["auto"] = "auto"
     """Ranks that serve the teacher; 0 runs it inside each student; auto is 0 for one process, else a quarter."""
     teacher_placement: Placement = "spread"
@@ -119,7 +130,7 @@ class RunConfig:
     weight_decay: tyro.conf.Suppress[float] = 0.0
     """Of what trains in a stage, and of nothing else."""
     fraction_seed: tyro.conf.Suppress[int] = 0
-    """Which samples a fraction holds; the same for every --seed, as published."""
+    """Which samples fraction, hold-out and tail hold and which labels are wrong; the same for every --seed."""
     engine: tyro.conf.Suppress[Literal["deepspeed", "accelerate"]] = "deepspeed"
     """accelerate: what trains a teacher."""
     student_checkpoint: tyro.conf.Suppress[str | None] = None
@@ -136,6 +147,21 @@ class RunConfig:
     @property
     def teacher_timeout_s(self) -> float:
         return self.stall_timeout / 2 if self.teacher_timeout is None else self.teacher_timeout
+
+    def selection_spec(self) -> SelectionSpec:
+        """Which training samples are wanted, with which labels.
+
+        Raises:
+            UserError: label noise or imbalance that cannot be read.
+        """
+        return SelectionSpec(
+            train_keys=None if self.train_keys is None else Path(self.train_keys),
+            val_holdout=self.val_holdout,
+            imbalance=None if self.imbalance is None else parse_imbalance(self.imbalance),
+            label_noise=None if self.label_noise is None else parse_label_noise(self.label_noise),
+            fraction=self.fraction,
+            seed=self.fraction_seed,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for config.json and the tracking."""
@@ -184,6 +210,8 @@ def check_config(config: RunConfig) -> None:
     _check_range("--num-workers", config.num_workers, low=0)
     if not 0 < config.fraction <= 1:
         raise UserError("--fraction cannot be used", got=config.fraction, expected="more than 0 and at most 1")
+    _check_validation(config)
+    config.selection_spec()
     if not (config.lr > 0 and math.isfinite(config.lr)):
         raise UserError("--lr cannot be used", got=config.lr, expected="a number above 0")
     find_method(config.method)
@@ -204,6 +232,21 @@ def check_config(config: RunConfig) -> None:
             got=config.teacher_timeout,
             expected=f"less than --stall-timeout {config.stall_timeout:g}",
         )
+
+
+def _check_validation(config: RunConfig) -> None:
+    if config.val_holdout is None:
+        if config.val_shards is None:
+            raise UserError("no validation data", do="give --val-shards or --val-holdout")
+        return
+    if config.val_shards is not None:
+        raise UserError(
+            "--val-holdout and --val-shards exclude each other",
+            got=f"{config.val_holdout} and {config.val_shards}",
+            do="give --val-shards None to use the hold-out",
+        )
+    if not 0 < config.val_holdout < 1:
+        raise UserError("--val-holdout cannot be used", got=config.val_holdout, expected="more than 0 and less than 1")
 
 
 def _check_range(flag: str, value: int, *, low: int) -> None:

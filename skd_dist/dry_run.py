@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from skd_dist.config import RunConfig
+from skd_dist.data.selection import describe_steps
 from skd_dist.models.cost import GroupCost, group_costs
 from skd_dist.models.cut import ModelCut
 from skd_dist.plan import StageSpec
@@ -45,8 +46,9 @@ def _header(prepared: Prepared) -> str:
     config, splits, shape = prepared.config, prepared.splits, prepared.shape
     return (
         f"run       {config.name}: {config.method}, {config.teacher or 'no teacher'} -> {config.student}\n"
-        f"samples   {len(splits.train_ids)} of {splits.train.num_samples} (fraction {config.fraction:g}), "
-        f"digest {splits.digest[:12]}; validation {splits.val.num_samples}\n"
+        f"samples   {len(splits.train_ids)} of {splits.train.num_samples} "
+        f"({describe_steps(splits.selection.steps)}), digest {splits.digest[:12]}; "
+        f"validation {len(splits.eval_ids('val'))}\n"
         f"batch     {shape.global_batch_size} = {shape.micro_batch_size} per forward x {shape.grad_accum_steps} "
         f"micro-steps x {shape.num_students} students\n"
         f"plan      {len(prepared.plan.stages)} stages, "

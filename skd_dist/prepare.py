@@ -11,8 +11,8 @@ import numpy as np
 from skd_dist.config import BatchShape, RunConfig, batch_shape, check_config
 from skd_dist.contracts import Method, PlanContext
 from skd_dist.data.digits import write_digits_shards
-from skd_dist.data.fraction import select_fraction, subset_digest
 from skd_dist.data.index import ShardIndex, load_index
+from skd_dist.data.selection import Selection, select_samples
 from skd_dist.duration import parse_duration
 from skd_dist.errors import UserError
 from skd_dist.methods import find_method
@@ -37,17 +37,29 @@ class Models:
 
 @dataclass(frozen=True, kw_only=True)
 class Splits:
-    """Indexed data, and the samples of the fraction."""
+    """Indexed data, and which samples of it are used."""
 
     train: ShardIndex
+    """The labels are those to train on: with label noise, where it is asked for."""
     train_ids: np.ndarray
-    """int64: the samples of the fraction."""
+    """int64: the samples to train on."""
     val: ShardIndex
+    """A split of its own, or the index of the training shards, whose labels may then be noisy."""
+    val_ids: np.ndarray | None
+    """int64: the samples held out; None: all of `val`."""
     test: ShardIndex | None
     digest: str
-    """Of the fraction: which samples with which labels, whatever the shards."""
+    """Which samples with which labels are trained on, whatever the shards."""
     val_digest: str
-    """Of the validation split, likewise."""
+    """Of the validation samples, likewise."""
+    selection: Selection
+    """How the training samples, and those held out, were chosen."""
+
+    def eval_ids(self, split: str) -> np.ndarray:
+        """Sample ids of `val` or `test`, int64, ascending."""
+        index = self.val if split == "val" else self.test
+        assert index is not None, "asked for a split that the run does not have"
+        return np.arange(index.num_samples) if split == "test" or self.val_ids is None else self.val_ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +95,8 @@ def digits_directory(config: RunConfig) -> Path:
 
 def uses_embedded_data(config: RunConfig) -> bool:
     """Whether any shard flag names the embedded digits."""
-    return any(spec.startswith(DIGITS) for spec in (config.train_shards, config.val_shards, config.test_shards or ""))
+    specs = (config.train_shards, config.val_shards, config.test_shards)
+    return any(spec.startswith(DIGITS) for spec in specs if spec)
 
 
 def unpack_embedded_data(config: RunConfig) -> None:
@@ -108,26 +121,35 @@ def open_split(config: RunConfig, spec: str, *, flag: str, keep_index: bool) -> 
 
 
 def prepare_splits(config: RunConfig, *, keep_index: bool) -> Splits:
-    """Index the shards and take the fraction.
+    """Index the shards and choose the samples.
+
+    Validation is measured with the transform of evaluation. A hold-out keeps the labels of the training set, and
+    with --label-noise they are noisy as those trained on are; shards of their own and the test set stay as they are.
 
     Args:
         keep_index: whether indexes that are absent may be written beside their shards.
 
     Raises:
-        UserError: shards missing, damaged or without labels; a fraction that is too small.
+        UserError: shards missing, damaged or without labels; a choice of samples that they do not give.
     """
-    train = open_split(config, config.train_shards, flag="--train-shards", keep_index=keep_index)
-    ids = select_fraction(train, fraction=config.fraction, seed=config.fraction_seed)
-    val = open_split(config, config.val_shards, flag="--val-shards", keep_index=keep_index)
+    source = open_split(config, config.train_shards, flag="--train-shards", keep_index=keep_index)
+    chosen = select_samples(source, config.selection_spec())
+    val, val_digest = chosen.index, chosen.holdout_digest
+    if config.val_shards is not None:
+        val = open_split(config, config.val_shards, flag="--val-shards", keep_index=keep_index)
+        val_digest = val.digest
+    assert val_digest is not None, "the configuration was checked to name validation data"
     return Splits(
-        train=train,
-        train_ids=ids,
+        train=chosen.index,
+        train_ids=chosen.ids,
         val=val,
+        val_ids=chosen.holdout_ids,
         test=open_split(config, config.test_shards, flag="--test-shards", keep_index=keep_index)
         if config.test_shards
         else None,
-        digest=subset_digest(train, ids),
-        val_digest=subset_digest(val, np.arange(val.num_samples)),
+        digest=chosen.digest,
+        val_digest=val_digest,
+        selection=chosen,
     )
 
 

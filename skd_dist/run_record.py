@@ -1,7 +1,8 @@
 """The files of a run that say what it is and what it came to: config.json first, summary.json last.
 
 Only global rank 0 writes them. `config.json` fixes the identity of the run directory: another plan, data set, teacher
-or student may not continue in it. Success is `summary.json` with status `finished`, not an exit code.
+or student may not continue in it. `selection.json` beside it says which samples are trained on, with which labels.
+Success is `summary.json` with status `finished`, not an exit code.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from skd_dist.models.create import PRETRAINED
 from skd_dist.prepare import Prepared
 
 CONFIG = "config.json"
+SELECTION = "selection.json"
 
 
 def identity_of(prepared: Prepared, *, teacher_digest: str | None, arithmetic: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,6 +113,8 @@ def open_run_directory(prepared: Prepared, *, teacher_digest: str | None, arithm
 
 def _claim(path: Path, prepared: Prepared, identity: Mapping[str, Any]) -> str:
     key = uuid.uuid4().hex
+    # Before the file that makes the directory a run.
+    write_json(path.with_name(SELECTION), prepared.splits.selection.manifest())
     write_json(
         path,
         {

@@ -26,7 +26,7 @@ from skd_dist.job.rendezvous import Job
 from skd_dist.prepare import Prepared, prepare_run, unpack_embedded_data
 from skd_dist.resume_point import newest_sound, verify
 from skd_dist.run_lock import take_lock
-from skd_dist.run_record import open_run_directory
+from skd_dist.run_record import SELECTION, open_run_directory
 from skd_dist.stage_side import FoundPoint
 from skd_dist.student_run import count_done
 from skd_dist.tracking import (
@@ -218,4 +218,5 @@ def track_run(
         )
     )
     tracker.log_dict(dataclasses.asdict(prepared.plan), name="plan.json")
+    tracker.log_dict(splits.selection.manifest(), name=SELECTION)
     return tracker

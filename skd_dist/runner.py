@@ -248,6 +248,7 @@ def _summary(prepared: Prepared, found: dict[str, Any], digest: str | None, trac
         "seed": config.seed,
         "num_train_samples": len(prepared.splits.train_ids),
         "data_digest": prepared.splits.digest,
+        "label_noise_frac": prepared.splits.selection.label_noise_frac,
         "plan_digest": prepared.plan.digest(),
         "teacher": {"name": config.teacher, "digest": digest, "top1_frac": found.pop("teacher_top1_frac")},
         "student": {"name": config.student, "num_params": found.pop("num_params")},

@@ -140,8 +140,9 @@ def split_batches(side: StudentSide, split: str, *, limit: int | None = None) ->
     config, shape, splits = side.prepared.config, side.prepared.shape, side.prepared.splits
     index = splits.val if split == "val" else splits.test
     assert index is not None
-    count = index.num_samples if limit is None else min(limit, index.num_samples)
-    ids = torch.linspace(0, index.num_samples - 1, count).long().numpy()
+    ids = splits.eval_ids(split)
+    if limit is not None:
+        ids = ids[torch.linspace(0, len(ids) - 1, min(limit, len(ids))).long().numpy()]
     transform = ImageTransform(image_size=config.image_size, augment=config.augment, train=False)
     return eval_batches(
         ShardDataset(index, ids, transform),

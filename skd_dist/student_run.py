@@ -61,7 +61,7 @@ def measure_teacher(side: StudentSide) -> float | None:
             device=side.device,
             after_batch=partial(leave_if_asked, side, "the teacher was measured"),
         )["top1_frac"]
-    count = min(TEACHER_SAMPLE, side.prepared.splits.val.num_samples)
+    count = min(TEACHER_SAMPLE, len(side.prepared.splits.eval_ids("val")))
     chance = 1 / config.num_classes
     # Two standard errors: a guessing teacher passes once in fifty times, a trained one never fails.
     limit = chance + 2 * math.sqrt(chance * (1 - chance) / count)

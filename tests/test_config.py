@@ -26,6 +26,10 @@ FLAGS = [
     "--image-size",
     "--augment",
     "--fraction",
+    "--train-keys",
+    "--val-holdout",
+    "--label-noise",
+    "--imbalance",
     "--teacher-ranks",
     "--teacher-placement",
     "--teacher-dtype",
@@ -68,11 +72,31 @@ def test_flags_replace_single_fields() -> None:
     assert parsed == dataclasses.replace(CONFIG, fraction=0.1, teacher_ranks=2, resume=True)
 
 
+def test_a_holdout_takes_the_place_of_a_recipes_validation_shards() -> None:
+    parsed = parse_flags(["--val-shards", "None", "--val-holdout", "0.1"], default=CONFIG, description="")
+    assert parsed == dataclasses.replace(CONFIG, val_shards=None, val_holdout=0.1)
+    check_config(parsed)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"fraction": 0.0}, "--fraction cannot be used; got 0.0; expected more than 0 and at most 1"),
         ({"fraction": 1.5}, "--fraction cannot be used; got 1.5"),
+        ({"val_shards": None}, "no validation data; give --val-shards or --val-holdout$"),
+        (
+            {"val_holdout": 0.1},
+            "--val-holdout and --val-shards exclude each other; got 0.1 and v; give --val-shards None to use the",
+        ),
+        (
+            {"val_shards": None, "val_holdout": 1.0},
+            "--val-holdout cannot be used; got 1.0; expected more than 0 and less than 1",
+        ),
+        (
+            {"label_noise": "symetric:0.4"},
+            "--label-noise cannot be used; got 'symetric:0.4'; expected KIND:RATE, KIND sym",
+        ),
+        ({"imbalance": "0"}, "--imbalance cannot be used; got '0'; expected GAMMA or GAMMA:MAX:MIN, GAMMA above 0"),
         ({"lr": -1.0}, "--lr cannot be used; got -1.0; expected a number above 0"),
         ({"lr": float("nan")}, "--lr cannot be used; got nan"),
         ({"num_classes": 1}, "--num-classes cannot be used; got 1; expected 2 or more"),

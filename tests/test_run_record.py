@@ -37,6 +37,9 @@ CHANGES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "schedule": ("cosine", ("plan_digest",)),
     "weight_decay": (0.1, ("plan_digest",)),
     "fraction_seed": (1, ("data_digest",)),
+    "train_keys": ("keys.txt", ("data_digest", "plan_digest")),
+    "label_noise": ("symmetric:0.4", ("data_digest",)),
+    "imbalance": ("1.0", ("data_digest", "plan_digest")),
     "student_checkpoint": ("weights.pt", ("student_checkpoint",)),
 }
 """Field -> (another value, what names it)."""
@@ -46,6 +49,7 @@ KNOWN_OTHERWISE = {
     "allow_untrained_teacher": "refuses, or does nothing",
     "test_shards": "measured once, after the last stage",
     "engine": "by the resume point, inside a stage",
+    "val_holdout": "by both data digests, see the test of its own",
 }
 
 
@@ -94,6 +98,8 @@ def test_a_changed_field_is_refused_by_name(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("weights.pt").write_bytes(b"any")
+    source = prepare_run(begun, num_students=1).splits.train
+    Path("keys.txt").write_text("".join(f"{source.key(sample)}.png\n" for sample in range(600)))
     value, names = CHANGES[field]
     with pytest.raises(UserError, match=r"holds another run; got .*; give the flags of that run") as caught:
         open_as(dataclasses.replace(begun, resume=True, **{field: value}))
@@ -135,6 +141,24 @@ def test_an_initial_checkpoint_is_known_by_its_content(tmp_path: Path) -> None:
         open_as(dataclasses.replace(again, student_checkpoint=str(tmp_path / "c.pt")))
     with pytest.raises(UserError, match=r"initial checkpoint not found; got .*/d\.pt; expected a file, or pretrained$"):
         open_as(dataclasses.replace(again, student_checkpoint=str(tmp_path / "d.pt")))
+
+
+def test_a_holdout_is_known_by_what_it_holds(tmp_path: Path) -> None:
+    begun = dataclasses.replace(config(tmp_path), val_shards=None, val_holdout=0.1)
+    key = open_as(begun)
+    assert open_as(dataclasses.replace(begun, resume=True)) == key
+    with pytest.raises(UserError, match=r"got data_digest \S+ -> \S+, val_digest \S+ -> \S+, plan_digest \S+ -> "):
+        open_as(dataclasses.replace(begun, resume=True, val_holdout=0.2))
+
+
+def test_a_run_says_which_samples_it_trains_on(tmp_path: Path) -> None:
+    begun = dataclasses.replace(config(tmp_path), label_noise="symmetric:0.4")
+    open_as(begun)
+    record = json.loads((tmp_path / "run" / "config.json").read_text())
+    manifest = json.loads((tmp_path / "run" / "selection.json").read_text())
+    assert manifest["digest"] == record["identity"]["data_digest"]
+    assert [step["step"] for step in manifest["steps"]] == ["label_noise", "fraction"]
+    assert manifest["train"]["num_samples"] == 126 and 0.2 < manifest["train"]["label_noise_frac"] < 0.6
 
 
 def test_resume_of_several_runs_starts_those_not_begun_unless_none_has(tmp_path: Path) -> None:

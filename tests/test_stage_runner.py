@@ -23,7 +23,7 @@ from skd_dist.link.inline import InlineLink
 from skd_dist.models.create import create_model
 from skd_dist.prepare import Prepared, prepare_run, unpack_embedded_data
 from skd_dist.resume_point import newest_sound
-from skd_dist.stage_runner import train_stage
+from skd_dist.stage_runner import split_batches, train_stage
 from skd_dist.stage_side import FoundPoint, State, StudentSide
 from skd_dist.student_run import initial_state, measure_student, measure_teacher
 from skd_dist.teacher import FrozenTeacher
@@ -211,3 +211,26 @@ def test_a_stop_outside_the_stages_acts_at_once(prepared: Prepared, tmp_path: Pa
     with pytest.raises(Preempted, match=r"^stopped while the student was measured on val$"):
         measure_student(side, initial_state(side), "val")
     assert not (tmp_path / "resume").exists()
+
+
+def test_a_holdout_is_measured_with_the_labels_in_use(prepared: Prepared, tmp_path: Path) -> None:
+    """Every held-out sample once, none that is trained on."""
+    held_out = dataclasses.replace(
+        prepared.config, val_shards=None, val_holdout=0.1, label_noise="symmetric:0.4", fraction=1.0
+    )
+    again = prepare_run(held_out, num_students=1)
+    splits = again.splits
+    side = student(again, tmp_path / "run")
+    measured: dict[str, int] = {}
+    for batch in split_batches(side, "val"):
+        keys = [key for key, valid in zip(batch.keys, batch.valid.tolist(), strict=True) if valid]
+        assert not measured.keys() & set(keys)
+        measured |= dict(zip(keys, batch.labels.tolist()[: len(keys)], strict=True))
+    assert len(measured) == 126 and splits.val_ids is not None
+    assert measured == {splits.val.key(sample): int(splits.val.labels[sample]) for sample in splits.val_ids.tolist()}
+    assert not measured.keys() & {splits.train.key(sample) for sample in splits.train_ids.tolist()}
+    true = prepared.splits.train.labels[splits.val_ids]
+    assert 0.2 < (splits.val.labels[splits.val_ids] != true).mean() < 0.6
+    limited = list(split_batches(side, "val", limit=30))
+    assert sum(int(batch.valid.sum()) for batch in limited) == 30
+    assert {key for batch in limited for key in batch.keys} < measured.keys()

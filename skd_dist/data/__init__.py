@@ -3,7 +3,9 @@
     shards.py      spec on the command line -> shard paths
     scan.py        one shard -> where its samples lie            index_file.py   the same, kept beside the shard
     index.py       all shards -> ShardIndex, in the order of the keys
-    fraction.py    ShardIndex -> ids of an exact, balanced, nested share
+    selection.py   ShardIndex -> which samples, with which labels: all of the next four
+    key_list.py    a list that names them                        fraction.py     an exact, balanced, nested share
+    imbalance.py   a long tail of class sizes                    label_noise.py  wrong labels on purpose
     order.py       (seed, stage, step, slot) -> which sample, in which epoch
     reader.py      sample id -> bytes                            images.py       bytes -> augmented image
     loader.py      all of it -> the stream of Batch of one student

@@ -13,13 +13,13 @@ progress, Algorithmica 15, 1996 (the windows, and why the earliest deadline meet
 """
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from skd_dist.data.index import ShardIndex, content_digest
-from skd_dist.data.seeds import derive_seed
+from skd_dist.data.seeds import derive_seeds
 from skd_dist.errors import UserError
 
 
@@ -38,16 +38,41 @@ def select_fraction(index: ShardIndex, *, fraction: float, seed: int) -> NDArray
     Raises:
         UserError: the fraction is out of range, or gives fewer samples than there are classes.
     """
-    if not 0 < fraction <= 1:
-        raise UserError("--fraction cannot be used", got=fraction, expected="0 < fraction <= 1")
-    length = round(fraction * index.num_samples)
-    if length < index.num_classes_seen:
+    return take_share(
+        index, np.arange(index.num_samples), share=fraction, seed=seed, purpose="fraction", flag="--fraction"
+    )
+
+
+def take_share(
+    index: ShardIndex, ids: NDArray[np.int64], *, share: float, seed: int, purpose: str, flag: str
+) -> NDArray[np.int64]:
+    """The same of some samples of a set.
+
+    Args:
+        index: where keys and labels are.
+        ids: int64 [n], ascending sample ids: of these a share is taken.
+        share: 0 < share <= 1.
+        seed: another seed chooses other samples.
+        purpose: of the keyed hash; different purposes choose independently.
+        flag: the option that gave `share`, named in errors.
+
+    Returns:
+        Sample ids, int64 [round(share * n)], as `select_fraction` gives them.
+
+    Raises:
+        UserError: the share is out of range, or gives fewer samples than there are classes.
+    """
+    if not 0 < share <= 1:
+        raise UserError(f"{flag} cannot be used", got=share, expected="0 < fraction <= 1")
+    labels = index.labels[ids]
+    length, num_classes = round(share * len(ids)), np.count_nonzero(np.bincount(labels))
+    if length < num_classes:
         raise UserError(
-            "--fraction is smaller than one sample per class",
-            got=f"{fraction} of {index.num_samples} samples = {length}",
-            expected=f"at least {index.num_classes_seen} samples, one for each class",
+            f"{flag} is smaller than one sample per class",
+            got=f"{share} of {len(ids)} samples = {length}",
+            expected=f"at least {num_classes} samples, one for each class",
         )
-    return balanced_order(index.keys.tolist(), index.labels, length=length, seed=seed)
+    return ids[balanced_order(index.keys[ids].tolist(), labels, length=length, seed=seed, purpose=purpose)]
 
 
 def subset_digest(index: ShardIndex, ids: NDArray[np.int64]) -> str:
@@ -56,7 +81,9 @@ def subset_digest(index: ShardIndex, ids: NDArray[np.int64]) -> str:
     return content_digest(index.keys[ascending], index.labels[ascending])
 
 
-def balanced_order(keys: Sequence[bytes], labels: NDArray[np.int64], *, length: int, seed: int) -> NDArray[np.int64]:
+def balanced_order(
+    keys: Sequence[bytes], labels: NDArray[np.int64], *, length: int, seed: int, purpose: str = "fraction"
+) -> NDArray[np.int64]:
     """Put samples into the order in which they join a growing fraction, and give the first `length` of them.
 
     Args:
@@ -64,38 +91,41 @@ def balanced_order(keys: Sequence[bytes], labels: NDArray[np.int64], *, length: 
         labels: int64 [N], >= 0.
         length: 0 .. N.
         seed: of the keyed hash.
+        purpose: of the keyed hash.
 
     Returns:
         Positions in `keys`, int64 [length].
     """
     num_samples = len(keys)
-    hashes = np.array([derive_seed("fraction", seed, key) for key in keys], dtype=np.uint64)
-    by_class = np.lexsort((np.arange(num_samples), hashes, labels))
+    hashes = derive_seeds(purpose, seed, keys)
+    by_class = np.lexsort((hashes, labels))
     counts = np.bincount(labels)
     of_class = counts[labels[by_class]]
     rank = np.arange(num_samples) - np.repeat(np.cumsum(counts) - counts, counts)
     release = rank * num_samples // of_class
-    deadline = -(-(rank + 1) * num_samples // of_class)
-    by_release = np.argsort(release, kind="stable")
-    jobs = zip(
-        release[by_release].tolist(),
-        deadline[by_release].tolist(),
-        hashes[by_class][by_release].tolist(),
-        by_class[by_release].tolist(),
-        strict=True,
-    )
-    return _earliest_deadline_first(jobs, length=length)
+    # What is not released before the last draw cannot be drawn.
+    is_candidate = release < length
+    samples, release = by_class[is_candidate], release[is_candidate]
+    deadline = -(-(rank[is_candidate] + 1) * num_samples // of_class[is_candidate])
+    # Most urgent first. The heap then holds bare positions in this order, which compare fast and take little memory.
+    by_urgency = np.lexsort((samples, hashes[samples], deadline))
+    drawn = _earliest_deadline_first(release[by_urgency], deadline[by_urgency], length=length)
+    return samples[by_urgency][drawn]
 
 
-def _earliest_deadline_first(jobs: Iterator[tuple[int, int, int, int]], *, length: int) -> NDArray[np.int64]:
+def _earliest_deadline_first(
+    release: NDArray[np.int64], deadline: NDArray[np.int64], *, length: int
+) -> NDArray[np.int64]:
+    """At each step draw the first of those released; both arrays [M >= length] are in the order of the deadlines."""
+    num_released = np.searchsorted(np.sort(release), np.arange(length), side="right").tolist()
+    upcoming = np.argsort(release, kind="stable").tolist()
     order = np.empty(length, dtype=np.int64)
-    open_jobs: list[tuple[int, int, int]] = []
-    upcoming = next(jobs, None)
+    waiting: list[int] = []
+    first_unreleased = 0
     for step in range(length):
-        while upcoming is not None and upcoming[0] <= step:
-            heapq.heappush(open_jobs, upcoming[1:])
-            upcoming = next(jobs, None)
-        deadline, _, sample = heapq.heappop(open_jobs)
-        assert step < deadline, "fair scheduling missed a deadline"
-        order[step] = sample
+        for job in upcoming[first_unreleased : num_released[step]]:
+            heapq.heappush(waiting, job)
+        first_unreleased = num_released[step]
+        order[step] = heapq.heappop(waiting)
+    assert (np.arange(length) < deadline[order]).all(), "fair scheduling missed a deadline"
     return order

@@ -1,5 +1,6 @@
 """A fraction is exact, balanced, nested, and depends on keys, labels and seed only."""
 
+import hashlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,25 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skd_dist.data.fraction import balanced_order, select_fraction, subset_digest
-from skd_dist.data.index import ShardIndex, load_index
+from skd_dist.data.index import load_index
 from skd_dist.errors import UserError
+from tests.bare_index import bare_index
 
 PackNoise = Callable[..., Path]
-
-
-def bare_index(class_counts: list[int], *, seed: int = 0) -> ShardIndex:
-    """An index without shards: keys and labels only, labels spread at random over the keys."""
-    labels = np.repeat(np.arange(len(class_counts)), class_counts)
-    labels = np.random.default_rng(seed).permutation(labels)
-    nothing = np.zeros(len(labels), dtype=np.int64)
-    return ShardIndex(
-        shards=(),
-        shard_id=nothing.astype(np.int32),
-        image_offset=nothing,
-        image_size=nothing,
-        labels=labels,
-        keys=np.array([b"key%06d" % i for i in range(len(labels))], dtype=np.bytes_),
-    )
 
 
 @given(counts=st.lists(st.integers(0, 60), min_size=1, max_size=9).filter(any), seed=st.integers(0, 5))
@@ -83,6 +70,16 @@ def test_no_class_is_preferred() -> None:
 def test_order_never_changes() -> None:
     index = bare_index([4, 4, 4])
     assert select_fraction(index, fraction=0.5, seed=0).tolist() == [8, 11, 5, 2, 9, 1]
+
+
+@pytest.mark.parametrize(
+    ("length", "digest"), [(1, "622627fb03a727cc"), (300, "07d2bcb89a913d2d"), (3000, "27005e4f39f5f43c")]
+)
+def test_order_of_many_never_changes(length: int, digest: str) -> None:
+    """Unequal classes, one of them empty; digests from the first, plain way of computing it."""
+    labels = np.arange(3000) ** 2 % 61 % 13
+    order = balanced_order([b"key%06d" % i for i in range(3000)], labels, length=length, seed=7)
+    assert hashlib.sha256(order.astype("<i8").tobytes()).hexdigest()[:16] == digest
 
 
 def test_packing_does_not_matter(tmp_path: Path, pack_noise: PackNoise) -> None:

@@ -1,6 +1,6 @@
 """Derived seeds are part of what a run means: their values may never change."""
 
-from skd_dist.data.seeds import derive_seed
+from skd_dist.data.seeds import derive_seed, derive_seeds
 
 
 def test_values_never_change() -> None:
@@ -23,3 +23,10 @@ def test_every_part_counts() -> None:
 def test_range_is_64_bits() -> None:
     seeds = [derive_seed("order", 0, number) for number in range(1000)]
     assert min(seeds) >= 0 and 2**63 < max(seeds) < 2**64
+
+
+def test_many_at_once_are_the_same() -> None:
+    keys = [b"", b"a", b"a\0b", "ü".encode(), b"x" * 300]
+    found = derive_seeds("order", -3, keys)
+    assert found.dtype == "uint64" and found.tolist() == [derive_seed("order", -3, key) for key in keys]
+    assert derive_seeds("order", 0, []).shape == (0,)

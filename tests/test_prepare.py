@@ -1,0 +1,80 @@
+"""What a run prepares: which samples, with which labels, come out of which flags."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from skd_dist.config import RunConfig
+from skd_dist.data.images import ImageTransform
+from skd_dist.data.loader import ShardDataset, train_batches
+from skd_dist.errors import UserError
+from skd_dist.prepare import prepare_splits, unpack_embedded_data
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    found = RunConfig(
+        train_shards="digits:train",
+        val_shards="digits:val",
+        test_shards="digits:test",
+        student="skd_narrow_resnet10",
+        num_classes=10,
+        run_dir=tmp_path_factory.mktemp("runs") / "run",
+    )
+    unpack_embedded_data(found)
+    return found
+
+
+def test_noise_reaches_the_training_labels_and_no_others(config: RunConfig) -> None:
+    plain = prepare_splits(config, keep_index=False)
+    noisy = prepare_splits(dataclasses.replace(config, label_noise="symmetric:0.4"), keep_index=False)
+    assert noisy.val_ids is None and plain.test is not None and noisy.test is not None
+    assert 0.35 < (noisy.train.labels != plain.train.labels).mean() < 0.45
+    assert (noisy.val.labels == plain.val.labels).all() and noisy.val_digest == plain.val_digest
+    assert (noisy.test.labels == plain.test.labels).all()
+    assert noisy.digest != plain.digest and noisy.digest == noisy.selection.digest
+
+
+def test_a_holdout_is_disjoint_and_needs_no_shards(config: RunConfig) -> None:
+    held_out = dataclasses.replace(config, val_shards=None, val_holdout=0.2, fraction=0.5)
+    splits = prepare_splits(held_out, keep_index=False)
+    assert splits.val is splits.train and splits.val_ids is not None
+    assert (len(splits.val_ids), len(splits.train_ids)) == (251, 503)
+    assert not np.intersect1d(splits.val_ids, splits.train_ids).size
+    assert splits.eval_ids("val").tolist() == splits.val_ids.tolist()
+    assert splits.eval_ids("test").tolist() == list(range(360))
+    assert splits.val_digest == splits.selection.holdout_digest
+
+
+def test_the_loader_gives_out_the_labels_in_use(config: RunConfig) -> None:
+    splits = prepare_splits(dataclasses.replace(config, label_noise="pairflip:0.5", fraction=0.1), keep_index=False)
+    dataset = ShardDataset(splits.train, splits.train_ids, ImageTransform(image_size=8, augment="none", train=True))
+    batches = train_batches(
+        dataset,
+        seed=0,
+        stage_index=0,
+        num_steps=3,
+        global_batch_size=42,
+        micro_batch_size=42,
+        student_rank=0,
+        num_students=1,
+        num_workers=0,
+    )
+    given = {key: label for batch in batches for key, label in zip(batch.keys, batch.labels.tolist(), strict=True)}
+    assert given == {splits.train.key(sample): int(splits.train.labels[sample]) for sample in splits.train_ids.tolist()}
+    assert len(given) == 126
+
+
+def test_a_tail_that_the_set_does_not_give_is_one_line(config: RunConfig) -> None:
+    wanted = dataclasses.replace(config, imbalance="1.0:5000:250")
+    with pytest.raises(UserError, match=r"^--imbalance: class 0 has too few samples; got \d+; expected 5000 or more"):
+        prepare_splits(wanted, keep_index=False)
+
+
+def test_an_unknown_key_is_one_line(config: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "keys.txt").write_text("digit_0000\nnobody\n")
+    wanted = dataclasses.replace(config, train_keys=str(tmp_path / "keys.txt"))
+    with pytest.raises(UserError, match=r"^--train-keys: \d of 2 lines are no key of --train-shards; got .*nobody"):
+        prepare_splits(wanted, keep_index=False)
