@@ -78,6 +78,15 @@ def test_names(tmp_path: Path, write_tar: WriteTar, name: str, refusal: str) -> 
     assert len(bad) == 1 and refusal in bad[0].reason
 
 
+@pytest.mark.parametrize("name", ["a" * 100, "a" * 99, "b" * 90 + "/" + "c" * 60 + ".jpg", "folder/", "a.jpg"])
+def test_names_of_the_old_standard(name: str) -> None:
+    data = archive(member(name, size=0), member("last.jpg", size=700), tar_format=tarfile.USTAR_FORMAT)
+    found = [(entry.name, entry.offset, entry.size) for entry in TarStream(io.BytesIO(data))]
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        assert found == [(info.name, info.offset_data, info.size) for info in tar]
+    assert len(found) == 2
+
+
 @pytest.mark.parametrize("name", ["a..b/c.jpg", "./a.jpg", "a/b.jpg"])
 def test_harmless_names(name: str) -> None:
     assert [entry.refusal for entry in TarStream(io.BytesIO(archive(member(name))))] == [None]
