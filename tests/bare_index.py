@@ -19,9 +19,14 @@ def index_of(labels: NDArray[np.int64], *, keys: Sequence[bytes] | None = None) 
     nothing = np.zeros(len(labels), dtype=np.int64)
     return ShardIndex(
         shards=(),
+        kind="class",
         shard_id=nothing.astype(np.int32),
         image_offset=nothing,
-        image_size=nothing,
+        image_size=nothing.astype(np.uint32),
+        image_checksum=nothing.astype(np.uint64),
+        target_offset=nothing,
+        target_size=nothing.astype(np.uint32),
+        target_checksum=nothing.astype(np.uint64),
         labels=np.asarray(labels, dtype=np.int64),
         keys=np.array(keys or [b"key%06d" % i for i in range(len(labels))], dtype=np.bytes_),
     )
