@@ -16,6 +16,7 @@ setup(
         "accelerate>=1.10",
         "braceexpand>=0.1.7",
         "deepspeed>=0.19.8",
+        "fsspec>=2024.2",
         "mlflow>=3.17.2",
         "numpy>=2",
         "nvidia-ml-py>=12",
@@ -30,6 +31,7 @@ setup(
         "torchvision>=0.28.0",
         "tyro>=1.0",
         "webdataset>=1.0.2",
+        "xxhash>=3",
     ],
     extras_require={
         "dev": [

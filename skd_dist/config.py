@@ -24,7 +24,7 @@ from skd_dist.teacher import TeacherDtype
 MAY_CHANGE_ON_RESUME = frozenset(
     ("teacher_ranks", "teacher_placement", "deepspeed_config", "micro_batch_size", "num_workers", "run_dir")
     + ("tracking_uri", "experiment", "resume", "prefetch", "network_interface", "toy", "dry_run", "name")
-    + ("resume_or_start", "checkpoint_every", "grace", "stall_timeout", "teacher_timeout")
+    + ("resume_or_start", "checkpoint_every", "grace", "stall_timeout", "teacher_timeout", "index_dir")
 )
 """Fields that say where and how a run is computed, not what: tags in MLflow, where parameters are written once."""
 
@@ -39,6 +39,8 @@ class RunConfig:
     """Validation shards, likewise."""
     test_shards: str | None = None
     """Test shards, likewise; measured once, with the finished student."""
+    index_dir: Path | None = None
+    """Where indexes of shards without one are kept, by content; default: beside the shards."""
     teacher: str | None = None
     """timm name of the teacher."""
     teacher_checkpoint: str | None = None
@@ -139,7 +141,8 @@ class RunConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for config.json and the tracking."""
-        return {**dataclasses.asdict(self), "run_dir": str(self.run_dir)}
+        index_dir = None if self.index_dir is None else str(self.index_dir)
+        return {**dataclasses.asdict(self), "run_dir": str(self.run_dir), "index_dir": index_dir}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,6 +8,7 @@ the loop's business; this file knows the few it shows by their keys.
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -27,6 +28,8 @@ _SHOWN = {
     "perf/teacher_wait_frac": "teacher wait",
 }
 """Metric key -> its short name; a key ending in a slash stands for the mean of all below it (one per feature)."""
+
+_PATIENCE_S = 2.0  # what takes less needs no bar
 
 _MIN_LOG_WIDTH = 120  # a log has no width, and a table cut to rich's 80 columns loses its numbers
 
@@ -119,6 +122,35 @@ class RunDisplay:
 
     def _line(self, parts: Sequence[str]) -> None:
         self.notice("  ".join([self._stage, *parts]))
+
+
+@contextmanager
+def waiting_bar(
+    title: str, console: Console | None = None, *, clock: Callable[[], float] = time.monotonic
+) -> Iterator[Callable[[int, int], None]]:
+    """A bar for work before the run, on standard error; shown on a terminal, and once the work takes seconds.
+
+    Args:
+        title: what is counted.
+        console: where to; the process's standard error unless given.
+        clock: seconds, rising; for tests.
+
+    Returns:
+        What to call with (done, total) as the work goes on.
+    """
+    console = console or Console(stderr=True)
+    started = clock()
+    with ExitStack() as stack:
+        shown: list[tuple[Progress, TaskID]] = []
+
+        def update(done: int, total: int) -> None:
+            if not shown and console.is_terminal and clock() - started >= _PATIENCE_S:
+                progress = stack.enter_context(_make_progress(console))
+                shown.append((progress, progress.add_task(title, values="")))
+            for progress, task in shown:
+                progress.update(task, completed=done, total=total, refresh=True)
+
+        yield update
 
 
 def stage_table(summary: Mapping[str, Any]) -> Table:

@@ -4,6 +4,7 @@ Every rank prepares the same way and gets the same; `--dry-run` prints it and st
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from skd_dist.contracts import Method, PlanContext
 from skd_dist.data.digits import write_digits_shards
 from skd_dist.data.fraction import select_fraction, subset_digest
 from skd_dist.data.index import ShardIndex, load_index
+from skd_dist.data.shard_pool import OnProgress
 from skd_dist.duration import parse_duration
 from skd_dist.errors import UserError
 from skd_dist.methods import find_method
@@ -92,10 +94,12 @@ def unpack_embedded_data(config: RunConfig) -> None:
         write_digits_shards(digits_directory(config))
 
 
-def open_split(config: RunConfig, spec: str, *, flag: str, keep_index: bool) -> ShardIndex:
+def open_split(
+    config: RunConfig, spec: str, *, flag: str, keep_index: bool, on_progress: OnProgress | None = None
+) -> ShardIndex:
     """Index one split and hold its labels against --num-classes."""
     place = str(digits_directory(config) / spec.removeprefix(DIGITS)) if spec.startswith(DIGITS) else spec
-    index = load_index(place, flag=flag, keep=keep_index)
+    index = load_index(place, flag=flag, keep=keep_index, index_dir=config.index_dir, on_progress=on_progress)
     highest = int(index.labels.max())
     if highest >= config.num_classes:
         raise UserError(
@@ -107,25 +111,25 @@ def open_split(config: RunConfig, spec: str, *, flag: str, keep_index: bool) -> 
     return index
 
 
-def prepare_splits(config: RunConfig, *, keep_index: bool) -> Splits:
+def prepare_splits(config: RunConfig, *, keep_index: bool, on_progress: OnProgress | None = None) -> Splits:
     """Index the shards and take the fraction.
 
     Args:
-        keep_index: whether indexes that are absent may be written beside their shards.
+        keep_index: whether indexes that are absent may be written.
+        on_progress: told of each shard that had to be read through.
 
     Raises:
         UserError: shards missing, damaged or without labels; a fraction that is too small.
     """
-    train = open_split(config, config.train_shards, flag="--train-shards", keep_index=keep_index)
+    open_one = partial(open_split, config, keep_index=keep_index, on_progress=on_progress)
+    train = open_one(config.train_shards, flag="--train-shards")
     ids = select_fraction(train, fraction=config.fraction, seed=config.fraction_seed)
-    val = open_split(config, config.val_shards, flag="--val-shards", keep_index=keep_index)
+    val = open_one(config.val_shards, flag="--val-shards")
     return Splits(
         train=train,
         train_ids=ids,
         val=val,
-        test=open_split(config, config.test_shards, flag="--test-shards", keep_index=keep_index)
-        if config.test_shards
-        else None,
+        test=open_one(config.test_shards, flag="--test-shards") if config.test_shards else None,
         digest=subset_digest(train, ids),
         val_digest=subset_digest(val, np.arange(val.num_samples)),
     )
@@ -155,8 +159,10 @@ def write_plan(config: RunConfig, models: Models, method: Method, *, samples_per
     return plan
 
 
-def prepare_run(config: RunConfig, *, num_students: int, keep_index: bool = True) -> Prepared:
-    """Everything of a run that needs no tensor.
+def prepare_run(
+    config: RunConfig, *, num_students: int, keep_index: bool = True, on_progress: OnProgress | None = None
+) -> Prepared:
+    """Everything of a run that needs no tensor; `keep_index` and `on_progress` as in `prepare_splits`.
 
     Raises:
         UserError: whatever the user can mend, the cheapest check first.
@@ -165,6 +171,6 @@ def prepare_run(config: RunConfig, *, num_students: int, keep_index: bool = True
     shape = batch_shape(config, num_students=num_students)
     method = find_method(config.method)
     models = prepare_models(config)
-    splits = prepare_splits(config, keep_index=keep_index)
+    splits = prepare_splits(config, keep_index=keep_index, on_progress=on_progress)
     plan = write_plan(config, models, method, samples_per_epoch=len(splits.train_ids))
     return Prepared(config=config, method=method, models=models, splits=splits, shape=shape, plan=plan)

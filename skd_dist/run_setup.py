@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 
 from skd_dist.config import MAY_CHANGE_ON_RESUME, RunConfig
-from skd_dist.display import RunDisplay
+from skd_dist.display import RunDisplay, waiting_bar
 from skd_dist.emergency import Emergency
 from skd_dist.engines import EngineSpec, load_deepspeed_config
 from skd_dist.errors import UserError
@@ -85,7 +85,8 @@ def prepare_together(job: Job, config: RunConfig, key: str) -> Prepared:
     with agreed(job, f"{key}/data"):
         if job.world.rank == 0:
             unpack_embedded_data(config)
-            prepare_run(config, num_students=num_students)
+            with waiting_bar("shards indexed") as on_progress:
+                prepare_run(config, num_students=num_students, on_progress=on_progress)
     with agreed(job, f"{key}/prepare"):
         prepared = prepare_run(config, num_students=num_students)
     _check_same(job, f"{key}/plan", prepared.plan.digest(), what="plan")

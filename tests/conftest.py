@@ -62,6 +62,7 @@ def write_tar() -> WriteTar:
     """`write_tar(path, [(name, bytes), ...])`: a tar file with exactly these members."""
 
     def write(path: Path, members: Sequence[tuple[str, bytes]]) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with tarfile.open(path, "w") as tar:
             for name, data in members:
                 info = tarfile.TarInfo(name)

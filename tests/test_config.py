@@ -17,6 +17,7 @@ FLAGS = [
     "--train-shards",
     "--val-shards",
     "--test-shards",
+    "--index-dir",
     "--teacher",
     "--teacher-checkpoint",
     "--allow-untrained-teacher",

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from skd_dist.display import RunDisplay, stage_table, summary_table
+from skd_dist.display import RunDisplay, stage_table, summary_table, waiting_bar
 
 VALUES = {
     "train/loss": 0.12345,
@@ -182,3 +182,16 @@ def test_runs_without_results_show_dashes(val: dict[str, float] | None) -> None:
     assert _rendered(summary_table([unfinished]))[1] == ["skd", "resnet18", "0.1", "0", "-", "0", "-"]
     pair = _rendered(summary_table([unfinished, _summary(seed=1)]))
     assert pair[3] == ["skd", "resnet18", "0.1", "2 seeds", "90.12%", "-", "800"]
+
+
+@pytest.mark.parametrize(("terminal", "seconds", "shown"), [(True, 3.0, True), (True, 1.0, False), (False, 3.0, False)])
+def test_a_bar_for_work_that_takes_long(terminal: bool, seconds: float, shown: bool) -> None:
+    console, text = _console(terminal=terminal)
+    clock = _Clock()
+    with waiting_bar("shards indexed", console, clock=clock) as update:
+        update(1, 8)
+        clock.now += seconds
+        update(2, 8)
+        update(3, 8)
+    assert ("3/8" in text.getvalue() and "shards indexed" in text.getvalue()) == shown
+    assert bool(text.getvalue()) == shown

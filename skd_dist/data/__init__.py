@@ -1,8 +1,13 @@
 """The way of a sample, from a tar shard to a micro-batch.                                      [door to webdataset]
 
     shards.py      spec on the command line -> shard paths
-    scan.py        one shard -> where its samples lie            index_file.py   the same, kept beside the shard
+    tar_stream.py  one shard -> its members                      shard_file.py   local and remote shards as files
+    scan.py        members -> where samples lie, checksums       checksum.py     xxh3
+    index_file.py  the same, kept beside the shard               shard_samples.py  the same, in memory
+    salvage.py     a damaged shard and its index -> what is still as it was
+    index_build.py every shard -> its samples                    shard_pool.py   many shards at once
     index.py       all shards -> ShardIndex, in the order of the keys
+    check.py, repair.py   is a set sound, and new shards of what is; bad_samples.py   what was left out
     fraction.py    ShardIndex -> ids of an exact, balanced, nested share
     order.py       (seed, stage, step, slot) -> which sample, in which epoch
     reader.py      sample id -> bytes                            images.py       bytes -> augmented image
@@ -11,6 +16,5 @@
     pack.py        samples -> shards, by way of pack_plan.py (which goes where), pack_image.py (bytes), pack_workers.py
     seeds.py       every random number of the above              atomic.py       whole files or none
 
-Nothing in a shard is unpickled or executed. Local files only. Left out for now: checksums of image bytes, remote
-shards, a quarantine for bad samples, resuming inside a stage other than by its first step.
+Nothing in a shard is unpickled or executed.
 """

@@ -1,74 +1,155 @@
-"""The index of one shard, kept beside it as `<name>.index.npz`: plain arrays, nothing pickled.
+"""The index of one shard as a file: plain arrays, nothing pickled.
 
-An index belongs to the content of its shard, not to a time stamp, so shards can be copied with their indexes. When it
-is read, the shard's size must be the recorded one, and a probe must agree: sha256 over the tar headers and labels of
-16 samples spread over the shard. That notices another or repacked shard within microseconds; it does not notice
-changed image bytes. An index that does not fit is an error: rebuilding it in silence would change the data of a run.
+It lies beside its shard as `<name>.index.npz`, where the packer puts it, or in a directory of indexes under a name that
+holds a fingerprint of the shard, so that another shard of the same name has another index there.
+
+An index belongs to the content of its shard, not to a time stamp: shards can be copied with their indexes. When it is
+read, the shard must have the recorded size and fingerprint (a hash of the size and of 8 blocks spread over the shard).
+That notices another, a repacked or a cut shard within microseconds; it does not notice a few changed bytes, which the
+checksums of the members do when they are read. An index that does not fit is an error: rebuilding it in silence would
+change the data of a run.
 """
 
 import hashlib
-import os
-import tarfile
 import zipfile
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
 from skd_dist.data.atomic import atomic_file
-from skd_dist.data.scan import ShardSamples
+from skd_dist.data.shard_file import open_shard, read_blocks, shard_size
+from skd_dist.data.shard_samples import KINDS, SAMPLE_ARRAYS, ShardSamples
+from skd_dist.data.shards import Location
 from skd_dist.errors import UserError
 
-_FORMAT = 1
-_NUM_PROBES = 16
-_ARRAYS = {"keys": "S", "labels": "i", "image_offset": "i", "image_size": "i", "label_offset": "i"}
+_FORMAT = 2
+_SUFFIX = ".index.npz"
+_NUM_BLOCKS = 8
+_BLOCK_BYTES = 4096
+_SCALARS = {"format", "kind", "ignored", "shard_size", "fingerprint"}
 
 
-def index_path(shard: Path) -> Path:
-    """`train-000000.tar` -> `train-000000.index.npz`."""
-    return shard.with_name(f"{shard.name.removesuffix('.tar')}.index.npz")
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+class StoredIndex:
+    """What an index file says."""
+
+    path: Location
+    samples: ShardSamples
+    shard_size: int
+    """Bytes of the shard that was indexed."""
+    fingerprint: str
+    """Of the shard that was indexed."""
+
+    def fits(self, shard: Location) -> bool:
+        """Whether a shard is, as far as a glance tells, the one that was indexed.
+
+        Raises:
+            OSError: the shard is not there or cannot be read.
+        """
+        return shard_size(shard) == self.shard_size and fingerprint(shard) == self.fingerprint
 
 
-def write_index(shard: Path, samples: ShardSamples) -> None:
-    """Write the index of a shard beside it, whole or not at all; equal samples give equal bytes.
+def index_path(shard: Location) -> Location:
+    """`train-000000.tar` -> `train-000000.index.npz`, beside the shard."""
+    name = f"{_stem(shard)}{_SUFFIX}"
+    return shard.with_name(name) if isinstance(shard, Path) else f"{shard.rpartition('/')[0]}/{name}"
+
+
+def fingerprint(shard: Location) -> str:
+    """Hash of the size and of a few blocks of a shard, 32 hexadecimal digits.
 
     Raises:
-        OSError: the directory cannot be written.
+        OSError: it cannot be read.
     """
-    arrays = {name: getattr(samples, name) for name in _ARRAYS}
-    with atomic_file(index_path(shard)) as temporary, temporary.open("wb") as file:
+    size = shard_size(shard)
+    offsets = np.unique(np.linspace(0, max(0, size - _BLOCK_BYTES), _NUM_BLOCKS).astype(np.int64))
+    digest = hashlib.blake2b(b"%d" % size, digest_size=16)
+    for block in read_blocks(shard, offsets.tolist(), _BLOCK_BYTES):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def find_index(shard: Location, *, index_dir: Path | None) -> Location | None:
+    """The index of a shard: the one beside it, else the one in `index_dir`, else None.
+
+    Raises:
+        OSError: the shard cannot be read.
+    """
+    beside = index_path(shard)
+    if _exists(beside):
+        return beside
+    if index_dir is not None:
+        kept = _path_in(index_dir, shard, fingerprint(shard))
+        return kept if kept.exists() else None
+    return None
+
+
+def write_index(shard: Location, samples: ShardSamples, *, index_dir: Path | None = None) -> None:
+    """Write the index of a shard beside it or into `index_dir`, whole or not at all; equal samples give equal bytes.
+
+    Raises:
+        OSError: the directory cannot be written, or the shard is remote and no directory is given.
+    """
+    mark = fingerprint(shard)
+    path = index_path(shard) if index_dir is None else _path_in(index_dir, shard, mark)
+    if not isinstance(path, Path):
+        raise OSError(f"no index is written beside the remote shard {shard}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(
             file,
             format=np.int64(_FORMAT),
-            shard_size=np.int64(shard.stat().st_size),
-            probe=np.bytes_(_probe(shard, samples)),
-            **arrays,
+            kind=np.str_(samples.kind),
+            ignored=np.array(samples.ignored, dtype=np.str_),
+            shard_size=np.int64(shard_size(shard)),
+            fingerprint=np.str_(mark),
+            **{name: getattr(samples, name) for name in SAMPLE_ARRAYS},
         )
 
 
-def read_index(shard: Path) -> ShardSamples:
-    """Read the index beside a shard and check that it is this shard's.
+def read_index(path: Location) -> StoredIndex:
+    """Read an index file; whether it fits its shard is another question.
 
     Raises:
-        UserError: the index is damaged, of another format, or of another shard.
+        UserError: the index is damaged, or of another format.
     """
-    path = index_path(shard)
     try:
         # Opened here, because numpy leaves a file that it cannot read open.
-        with path.open("rb") as file:
+        with open_shard(path) as file:
             arrays = _read_arrays(file)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"index {path} cannot be read", got=error, do="delete it to have it built again") from error
     _check_layout(path, arrays)
-    samples = ShardSamples(**{name: arrays[name] for name in _ARRAYS})
-    if shard.stat().st_size != arrays["shard_size"] or _probe(shard, samples).encode() != arrays["probe"]:
-        raise UserError(
-            f"index {path} does not fit its shard",
-            got="a shard that changed after it was indexed",
-            do="restore the shard, or delete the index to have it built again",
-        )
-    return samples
+    samples = ShardSamples(
+        kind=arrays["kind"].item(),
+        ignored=tuple(arrays["ignored"].tolist()),
+        **{name: arrays[name] for name in SAMPLE_ARRAYS},
+    )
+    size = int(arrays["shard_size"])
+    _check_places(path, samples, size)
+    return StoredIndex(path=path, samples=samples, shard_size=size, fingerprint=arrays["fingerprint"].item())
+
+
+def _stem(shard: Location) -> str:
+    name = shard.name if isinstance(shard, Path) else shard.rpartition("/")[2]
+    return name.removesuffix(".tar")
+
+
+def _path_in(index_dir: Path, shard: Location, mark: str) -> Path:
+    return index_dir / f"{_stem(shard)}-{mark}{_SUFFIX}"
+
+
+def _exists(path: Location) -> bool:
+    if isinstance(path, Path):
+        return path.exists()
+    try:
+        shard_size(path)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _read_arrays(file: BinaryIO) -> dict[str, np.ndarray]:
@@ -78,32 +159,30 @@ def _read_arrays(file: BinaryIO) -> dict[str, np.ndarray]:
     return {name: loaded[name] for name in loaded.files}
 
 
-def _check_layout(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    wanted = {"format", "shard_size", "probe", *_ARRAYS}
+def _check_layout(path: Location, arrays: dict[str, np.ndarray]) -> None:
     sound = (
-        set(arrays) == wanted
+        set(arrays) == _SCALARS | set(SAMPLE_ARRAYS)
         and arrays["format"] == _FORMAT
-        and all(arrays[name].dtype.kind == kind for name, kind in _ARRAYS.items())
-        and len({arrays[name].shape for name in _ARRAYS}) == 1
+        and arrays["kind"] in KINDS
+        and arrays["ignored"].dtype.kind == arrays["fingerprint"].dtype.kind == "U"
+        and all(np.issubdtype(arrays[name].dtype, dtype) for name, dtype in SAMPLE_ARRAYS.items())
+        and len({arrays[name].shape for name in SAMPLE_ARRAYS}) == 1
         and arrays["keys"].ndim == 1
         and arrays["keys"].size > 0
     )
     if not sound:
+        found = arrays.get("format", np.str_("unknown"))
         raise UserError(
-            f"index {path} is of another kind",
-            got=", ".join(sorted(arrays)),
+            f"index {path} is of another format",
+            got=f"format {found} with {', '.join(sorted(arrays))}",
             expected=f"format {_FORMAT} of this program",
             do="delete it to have it built again",
         )
 
 
-def _probe(shard: Path, samples: ShardSamples) -> str:
-    block = tarfile.BLOCKSIZE
-    places = np.unique(np.linspace(0, len(samples.keys) - 1, _NUM_PROBES).astype(np.int64))
-    digest = hashlib.sha256()
-    with shard.open("rb") as file:
-        for place in places.tolist():
-            # The header of a member is the block before its data; a label fits the first block of its data.
-            digest.update(os.pread(file.fileno(), block, max(0, int(samples.image_offset[place]) - block)))
-            digest.update(os.pread(file.fileno(), 2 * block, max(0, int(samples.label_offset[place]) - block)))
-    return digest.hexdigest()
+def _check_places(path: Location, samples: ShardSamples, size: int) -> None:
+    places = ((samples.image_offset, samples.image_size), (samples.target_offset, samples.target_size))
+    if any(((start < 0) | (start + length > size)).any() for start, length in places):
+        raise UserError(
+            f"index {path} is damaged", got="members outside of the shard", do="delete it to have it built again"
+        )

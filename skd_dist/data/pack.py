@@ -169,7 +169,7 @@ def _index_shard(path: Path) -> None:
 
 def _is_written(path: Path) -> bool:
     """Whether a shard is there; one that was written and not indexed any more gets its index."""
-    if path.exists() and not index_path(path).exists():
+    if path.exists() and not Path(index_path(path)).exists():
         _index_shard(path)
     return path.exists()
 

@@ -14,7 +14,8 @@ from typing import Literal
 
 from PIL import Image
 
-from skd_dist.data.pack_sample import TARGET_EXTENSION, Box, Kind, PackSample
+from skd_dist.data.pack_sample import TARGET_EXTENSION, Box, PackSample
+from skd_dist.data.shard_samples import Kind
 from skd_dist.errors import UserError
 
 Check = Literal["decode", "header", "none"]

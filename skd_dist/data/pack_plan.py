@@ -19,8 +19,9 @@ import numpy as np
 from skd_dist.data.fraction import balanced_order
 from skd_dist.data.pack_file import PACK_FORMAT
 from skd_dist.data.pack_image import ImageOptions
-from skd_dist.data.pack_sample import KIND_OF_TASK, Kind, PackSample, Task
+from skd_dist.data.pack_sample import KIND_OF_TASK, PackSample, Task
 from skd_dist.data.seeds import derive_seed
+from skd_dist.data.shard_samples import Kind
 from skd_dist.errors import UserError
 
 SAMPLES_PER_SHARD = 1000

@@ -4,11 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from skd_dist.data.scan import TARGET_EXTENSIONS
+from skd_dist.data.shard_samples import Kind
+
 Task = Literal["classification", "segmentation", "detection", "verification"]
 """What a set is for. In verification the classes are identities, and no two splits need to share any."""
-
-Kind = Literal["class", "mask", "boxes"]
-"""What the target member of every sample is."""
 
 KIND_OF_TASK: dict[Task, Kind] = {
     "classification": "class",
@@ -17,7 +17,7 @@ KIND_OF_TASK: dict[Task, Kind] = {
     "verification": "class",
 }
 
-TARGET_EXTENSION: dict[Kind, str] = {"class": "cls", "mask": "mask.png", "boxes": "boxes.json"}
+TARGET_EXTENSION: dict[Kind, str] = {kind: extension for extension, kind in TARGET_EXTENSIONS.items()}
 
 
 class Box(NamedTuple):

@@ -3,8 +3,8 @@
 import os
 import weakref
 from collections import OrderedDict
-from pathlib import Path
 
+from skd_dist.data.shards import Location
 from skd_dist.errors import UserError
 
 _NUM_OPEN_MAX = 128
@@ -19,12 +19,12 @@ def _close_all(descriptors: OrderedDict[int, int]) -> None:
 class ShardReader:
     """Reads ranges of shards by pread; picklable, and safe in a forked process, since pread moves no file position."""
 
-    def __init__(self, shards: tuple[Path, ...]) -> None:
+    def __init__(self, shards: tuple[Location, ...]) -> None:
         self._shards = shards
         self._descriptors: OrderedDict[int, int] = OrderedDict()
         weakref.finalize(self, _close_all, self._descriptors)
 
-    def __reduce__(self) -> tuple[type["ShardReader"], tuple[tuple[Path, ...]]]:
+    def __reduce__(self) -> tuple[type["ShardReader"], tuple[tuple[Location, ...]]]:
         return (ShardReader, (self._shards,))
 
     def read(self, shard_id: int, *, offset: int, size: int) -> bytes:

@@ -13,16 +13,20 @@ from braceexpand import braceexpand
 
 from skd_dist.errors import UserError
 
+Location = Path | str
+"""A local shard is a Path, a remote one its URL."""
+
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
 
 
-def list_shards(spec: str, *, flag: str) -> tuple[Path, ...]:
+def list_shards(spec: str, *, flag: str, allow_pipe_urls: bool = False) -> tuple[Location, ...]:
     """Find the shards a user means.
 
     Args:
         spec: a directory (every *.tar in it), a pattern such as `train-{000000..000031}.tar` or `train-*.tar`, or a
             .txt file with one path per line, relative to that file.
         flag: the option that gave `spec`, named in errors.
+        allow_pipe_urls: has no effect yet.
 
     Returns:
         At least one existing file, sorted, none twice.

@@ -23,9 +23,14 @@ def bare_index(class_counts: list[int], *, seed: int = 0) -> ShardIndex:
     nothing = np.zeros(len(labels), dtype=np.int64)
     return ShardIndex(
         shards=(),
+        kind="class",
         shard_id=nothing.astype(np.int32),
         image_offset=nothing,
-        image_size=nothing,
+        image_size=nothing.astype(np.uint32),
+        image_checksum=nothing.astype(np.uint64),
+        target_offset=nothing,
+        target_size=nothing.astype(np.uint32),
+        target_checksum=nothing.astype(np.uint64),
         labels=labels,
         keys=np.array([b"key%06d" % i for i in range(len(labels))], dtype=np.bytes_),
     )

@@ -3,15 +3,20 @@
 import logging
 import pickle
 import re
+import tracemalloc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from skd_dist.data import index as index_module
-from skd_dist.data.index import ShardIndex, load_index
+from skd_dist.data import index_build
+from skd_dist.data.bad_samples import BadSample
+from skd_dist.data.checksum import checksum
+from skd_dist.data.index import ShardIndex, join, load_index
+from skd_dist.data.index_build import IndexedShard
 from skd_dist.data.index_file import index_path
+from skd_dist.data.shard_samples import SAMPLE_ARRAYS, ShardSamples
 from skd_dist.errors import UserError
 
 PackNoise = Callable[..., Path]
@@ -34,6 +39,8 @@ def test_samples_in_the_order_of_their_keys(tmp_path: Path, pack_noise: PackNois
     assert index.labels.tolist() == LABELS
     assert index.class_counts.tolist() == [8, 7, 0, 7]
     assert index.num_classes_seen == 3
+    assert (index.kind, index.bad) == ("class", ())
+    assert [checksum(image_bytes(index, sample)) for sample in range(22)] == index.image_checksum.tolist()
 
 
 def test_packing_does_not_matter(tmp_path: Path, pack_noise: PackNoise) -> None:
@@ -72,11 +79,11 @@ def test_unwritable_folder_gives_one_notice(
     for shard in packed.shards:
         index_path(shard).unlink()
 
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise PermissionError("read-only")
 
     # The tests may run as root, whom no mode bits stop.
-    monkeypatch.setattr(index_module, "write_index", refuse)
+    monkeypatch.setattr(index_build, "write_index", refuse)
     with caplog.at_level(logging.WARNING):
         assert load_index(str(folder), flag=FLAG).digest == packed.digest
     assert caplog.messages == [f"{FLAG}: 4 indexes are not kept and will be built each time: read-only"]
@@ -88,7 +95,11 @@ def test_index_that_does_not_fit_is_not_rebuilt(tmp_path: Path, pack_noise: Pack
     shards = load_index(str(folder), flag=FLAG).shards
     stale = index_path(shards[0]).read_bytes()
     shards[0].write_bytes(shards[1].read_bytes())
-    with pytest.raises(UserError, match=r"shard-000000\.index\.npz does not fit its shard"):
+    message = (
+        r"shard-000000\.index\.npz does not fit its shard .*/shard-000000\.tar; got a shard that changed after it was "
+        r"indexed, in 7 of 7 samples \(noise_\d{4}: the checksum of its image.* is not the one of its index\); restore"
+    )
+    with pytest.raises(UserError, match=message):
         load_index(str(folder), flag=FLAG)
     assert index_path(shards[0]).read_bytes() == stale
 
@@ -101,6 +112,164 @@ def test_key_in_two_shards(tmp_path: Path, write_tar: WriteTar) -> None:
     message = rf"^key 0 is in two shards; got {tmp_path}/a\.tar and {tmp_path}/b\.tar; expected unique keys over all"
     with pytest.raises(UserError, match=message):
         load_index(str(tmp_path), flag=FLAG)
+
+
+def test_quarantine_of_a_key_in_two_shards(tmp_path: Path, write_tar: WriteTar) -> None:
+    for name in ("a", "b"):
+        write_tar(
+            tmp_path / f"{name}.tar",
+            [("0.cls", b"1"), ("0.jpg", name.encode()), (f"{name}.jpg", b"x"), (f"{name}.cls", b"0")],
+        )
+    index = load_index(str(tmp_path), flag=FLAG, on_bad="quarantine")
+    assert [(index.key(sample), image_bytes(index, sample)) for sample in range(3)] == [
+        ("0", b"a"),
+        ("a", b"x"),
+        ("b", b"x"),
+    ]
+    assert index.bad == (BadSample(f"{tmp_path}/b.tar", "0", f"its key is in {tmp_path}/a.tar as well"),)
+
+
+def test_keys_that_restart_are_not_joined_over_a_cut(tmp_path: Path, write_tar: WriteTar) -> None:
+    """What streaming makes of it: the label of one shard with the image of the next."""
+    for name in ("a", "b"):
+        write_tar(tmp_path / f"{name}.tar", [("0.cls", name.encode().hex().encode()), ("0.jpg", name.encode())])
+    cut = tmp_path / "a.tar"
+    cut.write_bytes(cut.read_bytes()[:1300])
+    with pytest.raises(UserError, match=rf"^shard {cut} is cut short or damaged inside sample 0; got .* byte 1024"):
+        load_index(str(tmp_path), flag=FLAG)
+    for _ in range(2):
+        index = load_index(str(tmp_path), flag=FLAG, on_bad="quarantine")
+        assert (index.labels.tolist(), image_bytes(index, 0)) == ([62], b"b")
+        assert [(record.shard, record.key) for record in index.bad] == [(str(cut), "0"), (str(cut), "")]
+        assert not index_path(cut).exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "header", "image", "zeros"])
+def test_quarantine_by_the_index_made_at_packing(tmp_path: Path, pack_noise: PackNoise, damage: str) -> None:
+    folder = pack_noise(tmp_path / "set", LABELS)
+    whole = load_index(str(folder), flag=FLAG)
+    shard = whole.shards[1]
+    assert isinstance(shard, Path)
+    data = shard.read_bytes()
+    inside = np.flatnonzero(whole.shard_id == 1)
+    inside = inside[np.argsort(whole.image_offset[inside])]
+    offset = int(whole.image_offset[inside[3]])
+    changed = {
+        "cut": data[: offset + 10],
+        "empty": b"",
+        "header": data[: offset - 400] + b"?" + data[offset - 399 :],
+        "image": data[: offset + 9] + b"?" + data[offset + 10 :],
+        "zeros": bytes(len(data)),
+    }[damage]
+    shard.write_bytes(changed)
+    lost = {"cut": [3, 4, 5, 6], "empty": range(7), "header": [], "image": [3], "zeros": range(7)}[damage]
+    keys = [whole.key(sample) for sample in inside[list(lost)]]
+    if damage != "header":
+        with pytest.raises(
+            UserError, match=f"does not fit its shard {shard}; .*in {len(keys)} of 7 samples.*{keys[0]}"
+        ):
+            load_index(str(folder), flag=FLAG)
+    index = load_index(str(folder), flag=FLAG, on_bad="quarantine")
+    assert index.num_samples == 22 - len(keys)
+    assert [(record.shard, record.key) for record in index.bad] == [(str(shard), key) for key in keys]
+    by_key = {index.key(sample): sample for sample in range(index.num_samples)}
+    for sample in range(22):
+        if whole.key(sample) not in keys:
+            found = by_key[whole.key(sample)]
+            assert index.labels[found] == whole.labels[sample]
+            assert checksum(image_bytes(index, found)) == whole.image_checksum[sample]
+    if damage == "cut":
+        assert {record.reason for record in index.bad} == {
+            f"the shard ends at byte {offset + 10}: 4 of its 7 samples are lost"
+        }
+
+
+def test_nothing_sound(tmp_path: Path, write_tar: WriteTar) -> None:
+    write_tar(tmp_path / "a.tar", [("0.cls", b"1")])
+    with pytest.raises(UserError, match=rf"^{FLAG}: no sample is sound; got {tmp_path}/a\.tar: it has no image"):
+        load_index(str(tmp_path), flag=FLAG, on_bad="quarantine")
+
+
+def test_shards_of_two_kinds(tmp_path: Path, write_tar: WriteTar) -> None:
+    write_tar(tmp_path / "a.tar", [("0.cls", b"1"), ("0.jpg", b"x")])
+    write_tar(tmp_path / "b.tar", [("1.mask.png", b"1"), ("1.jpg", b"x")])
+    message = (
+        rf"^{FLAG}: the shards have targets of several kinds; got class in {tmp_path}/a\.tar, mask in {tmp_path}/b"
+    )
+    with pytest.raises(UserError, match=message):
+        load_index(str(tmp_path), flag=FLAG)
+
+
+def test_members_that_are_never_read_are_named_once(
+    tmp_path: Path, write_tar: WriteTar, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a", "b"):
+        members = [
+            (f"{name}.cls", b"1"),
+            (f"{name}.jpg", b"x"),
+            (f"{name}.pkl", b"cos\nsystem\n(S'exit 3'\ntR."),
+            (f"{name}.pth", b""),
+        ]
+        write_tar(tmp_path / f"{name}.tar", members)
+    for _ in range(2):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            load_index(str(tmp_path), flag=FLAG)
+        assert caplog.messages == [f"{FLAG}: members of these kinds are never read: pkl, pth"]
+
+
+def test_indexes_in_a_directory_of_their_own(tmp_path: Path, pack_noise: PackNoise) -> None:
+    folder, kept = pack_noise(tmp_path / "set", LABELS), tmp_path / "kept"
+    packed = load_index(str(folder), flag=FLAG)
+    for shard in packed.shards:
+        index_path(shard).unlink()  # type: ignore[union-attr]
+    progress: list[tuple[int, int]] = []
+    for _ in range(2):
+        found = load_index(str(folder), flag=FLAG, index_dir=kept, on_progress=lambda *now: progress.append(now))
+        assert found.digest == packed.digest
+    assert progress == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert len(list(kept.iterdir())) == 4
+    assert not any(index_path(shard).exists() for shard in packed.shards)  # type: ignore[union-attr]
+
+
+def test_processes_find_the_same(tmp_path: Path, pack_noise: PackNoise) -> None:
+    folder = pack_noise(tmp_path / "set", LABELS)
+    shards = sorted(folder.glob("*.tar"))
+    assert len(shards) == 4
+    for shard in shards:
+        index_path(shard).unlink()  # type: ignore[union-attr]
+    options = index_build.BuildOptions(index_dir=None, keep=False, on_bad="error")
+    one, two = (index_build.index_shards(shards, options, num_processes=number) for number in (1, 2))
+    for a, b in zip(one, two, strict=True):
+        assert all(getattr(a.samples, name).tolist() == getattr(b.samples, name).tolist() for name in SAMPLE_ARRAYS)
+    shards[2].write_bytes(b"no tar")
+    with pytest.raises(UserError, match=f"^shard {shards[2]} is cut short or damaged before its first sample"):
+        index_build.index_shards(shards, options, num_processes=2)
+
+
+def test_memory_of_a_large_index() -> None:
+    """78 bytes a sample with keys of 25 bytes, and joining takes less than twice that on top of what is joined."""
+    num_shards, per_shard = 40, 1000
+    parts = [IndexedShard(samples=synthetic(shard, per_shard)) for shard in range(num_shards)]
+    shards = tuple(Path(f"{number}.tar") for number in range(num_shards))
+    tracemalloc.start()
+    try:
+        index = join(shards, parts, on_bad="error", flag=FLAG)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    arrays = [value for value in vars(index).values() if isinstance(value, np.ndarray)]
+    assert len(arrays) == len(SAMPLE_ARRAYS) + 1
+    assert sum(array.nbytes for array in arrays) == 77 * index.num_samples == 77 * num_shards * per_shard
+    assert peak < 154 * index.num_samples
+
+
+def synthetic(shard: int, num_samples: int) -> ShardSamples:
+    """Samples with keys as long as ImageNet's; no shard is behind them."""
+    numbers = np.random.default_rng(shard).permutation(num_samples)
+    keys = np.array([f"n{shard:08d}_n{shard:08d}_{number:05d}".encode() for number in numbers], dtype=np.bytes_)
+    columns = {name: numbers.astype(dtype) for name, dtype in SAMPLE_ARRAYS.items() if name != "keys"}
+    return ShardSamples(kind="class", ignored=(), keys=keys, **columns)
 
 
 def test_keys_of_different_lengths(tmp_path: Path, write_tar: WriteTar) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from skd_dist.data.index_file import index_path, read_index, write_index
+from skd_dist.data.index_file import find_index, index_path, read_index, write_index
 from skd_dist.data.scan import scan_shard
+from skd_dist.data.shard_samples import SAMPLE_ARRAYS
 from skd_dist.errors import UserError
 
 WriteTar = Callable[[Path, Sequence[tuple[str, bytes]]], Path]
@@ -20,7 +21,7 @@ def members(label: bytes = b"1") -> list[tuple[str, bytes]]:
 
 @pytest.fixture
 def shard(tmp_path: Path, write_tar: WriteTar) -> Path:
-    path = write_tar(tmp_path / "s.0.tar", members())
+    path = write_tar(tmp_path / "s.0.tar", [*members(), ("model.pth", b"pickle")])
     write_index(path, scan_shard(path))
     return path
 
@@ -31,8 +32,12 @@ def test_name_of_the_index() -> None:
 
 
 def test_round_trip(shard: Path) -> None:
-    written, read = scan_shard(shard), read_index(shard)
-    for name in ("keys", "labels", "image_offset", "image_size", "label_offset"):
+    written, stored = scan_shard(shard), read_index(index_path(shard))
+    read = stored.samples
+    assert stored.fits(shard)
+    assert (read.kind, read.ignored) == (written.kind, written.ignored) == ("class", ("pth",))
+    assert len(SAMPLE_ARRAYS) == 8
+    for name in SAMPLE_ARRAYS:
         np.testing.assert_array_equal(getattr(read, name), getattr(written, name))
         assert getattr(read, name).dtype == getattr(written, name).dtype
 
@@ -48,7 +53,25 @@ def test_a_copied_shard_keeps_its_index(shard: Path, tmp_path: Path) -> None:
     copy.parent.mkdir()
     copy.write_bytes(shard.read_bytes())
     index_path(copy).write_bytes(index_path(shard).read_bytes())
-    assert len(read_index(copy).keys) == 40
+    assert read_index(index_path(copy)).fits(copy)
+
+
+def test_an_index_directory_holds_indexes_by_content(shard: Path, tmp_path: Path, write_tar: WriteTar) -> None:
+    index_path(shard).unlink()
+    other = write_tar(tmp_path / "other" / shard.name, members(label=b"2"))
+    kept = tmp_path / "kept" / "here"
+    for path in (shard, other):
+        assert find_index(path, index_dir=kept) is None
+        write_index(path, scan_shard(path), index_dir=kept)
+    assert len(list(kept.iterdir())) == 2
+    assert find_index(shard, index_dir=None) is None
+    moved = tmp_path / "moved" / shard.name
+    moved.parent.mkdir()
+    shard.rename(moved)
+    found = [find_index(path, index_dir=kept) for path in (moved, other)]
+    assert [int(read_index(path).samples.labels[0]) for path in found if path is not None] == [1, 2]
+    write_index(moved, scan_shard(moved))
+    assert find_index(moved, index_dir=kept) == index_path(moved)
 
 
 @pytest.mark.parametrize("change", ["other size", "other labels", "other names", "other order"])
@@ -60,13 +83,9 @@ def test_another_shard_is_noticed(shard: Path, write_tar: WriteTar, change: str)
         "other names": [(f"y{name[1:]}", data) for name, data in members()],
         "other order": members()[2:] + members()[:2],
     }[change]
-    write_tar(shard, changed)
+    write_tar(shard, [*changed, ("model.pth", b"pickle")])
     assert (shard.stat().st_size == size) == (change != "other size")
-    message = (
-        f"index {index_path(shard)} does not fit its shard; got a shard that changed after it was indexed; restore"
-    )
-    with pytest.raises(UserError, match=re.escape(message)):
-        read_index(shard)
+    assert not read_index(index_path(shard)).fits(shard)
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "pickle", "npy", "empty"])
@@ -82,16 +101,20 @@ def test_damaged_index(shard: Path, damage: str) -> None:
     with pytest.raises(
         UserError, match=re.escape(f"index {path} cannot be read; got") + ".*; delete it to have it built"
     ):
-        read_index(shard)
+        read_index(path)
 
 
-@pytest.mark.parametrize("change", ["format", "missing", "length", "kind"])
+@pytest.mark.parametrize("change", ["format", "old", "missing", "length", "type", "kind"])
 def test_index_of_another_kind(shard: Path, change: str) -> None:
     path = index_path(shard)
     with np.load(path) as file:
         arrays = {name: file[name] for name in file.files}
     if change == "format":
         arrays["format"] = np.int64(99)
+    elif change == "old":
+        arrays = {name: arrays[name] for name in ("keys", "labels", "image_offset")} | {"format": np.int64(1)}
+    elif change == "kind":
+        arrays["kind"] = np.str_("sound")
     elif change == "missing":
         del arrays["labels"]
     elif change == "length":
@@ -99,5 +122,19 @@ def test_index_of_another_kind(shard: Path, change: str) -> None:
     else:
         arrays["labels"] = arrays["labels"].astype(np.float64)
     np.savez_compressed(path, **arrays)
-    with pytest.raises(UserError, match=re.escape(f"index {path} is of another kind; got ") + ".*expected format 1"):
-        read_index(shard)
+    found = {"format": 99, "old": 1}.get(change, 2)
+    message = (
+        re.escape(f"index {path} is of another format; got format {found} with ") + ".*expected format 2.*; delete it"
+    )
+    with pytest.raises(UserError, match=message):
+        read_index(path)
+
+
+def test_places_outside_of_the_shard(shard: Path) -> None:
+    path = index_path(shard)
+    with np.load(path) as file:
+        arrays = {name: file[name] for name in file.files}
+    arrays["image_offset"] += 1 << 40
+    np.savez_compressed(path, **arrays)
+    with pytest.raises(UserError, match=re.escape(f"index {path} is damaged; got members outside of the shard")):
+        read_index(path)

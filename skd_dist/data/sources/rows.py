@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
-from skd_dist.data.pack_sample import KIND_OF_TASK, Box, Kind, PackSample, Task
+from skd_dist.data.pack_sample import KIND_OF_TASK, Box, PackSample, Task
+from skd_dist.data.shard_samples import Kind
 from skd_dist.errors import UserError
 
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,6}")
