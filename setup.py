@@ -22,6 +22,7 @@ setup(
         "nvidia-ml-py>=12",
         "pillow>=11",
         "psutil>=6",
+        "pyarrow>=18",
         "rich>=14",
         "safetensors>=0.6",
         "scikit-learn>=1.5",
@@ -34,6 +35,7 @@ setup(
     ],
     extras_require={
         "dev": [
+            "datasets>=4",
             "hypothesis>=6",
             "import-linter>=2.5",
             "mypy>=1.18",
@@ -41,5 +43,6 @@ setup(
             "pytest-timeout>=2.3",
             "ruff>=0.14",
         ],
+        "hf": ["datasets>=4"],
     },
 )

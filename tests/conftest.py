@@ -13,7 +13,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 from PIL import Image
 
-from skd_dist.data.pack import PackSample, write_shards
+from skd_dist.data.pack import write_shards
+from skd_dist.data.pack_sample import PackSample
 
 ROOT = Path(__file__).resolve().parents[1]
 

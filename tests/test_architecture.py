@@ -20,7 +20,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 CONTRACTS = PYPROJECT["tool"]["importlinter"]["contracts"]
 
 FLOOR_0 = ("plan", "contracts", "duration", "roles", "errors", "fault_points", "lifeline")
-DOORS = ("timm", "webdataset", "deepspeed", "accelerate", "mlflow")
+DOORS = ("timm", "webdataset", "deepspeed", "accelerate", "mlflow", "pyarrow", "datasets")
 """Libraries that recipes and tools reach through the package only."""
 
 
@@ -51,6 +51,16 @@ def test_every_door_is_guarded() -> None:
         name for contract in CONTRACTS if contract["type"] == "protected" for name in contract["protected_modules"]
     ]
     assert sorted(guarded) == sorted([*DOORS, "rich", "sqlalchemy", "tyro", "xxhash"])
+
+
+def test_torchvision_data_sets_have_one_door() -> None:
+    """import-linter sees libraries as a whole, and torchvision's transforms are used elsewhere."""
+    users = [
+        path.relative_to(ROOT).as_posix()
+        for path in [*PACKAGE.rglob("*.py"), *(ROOT / "recipes").glob("*.py"), *(ROOT / "tools").glob("*.py")]
+        if "torchvision.datasets" in _imported_names(path) or "torchvision import datasets" in path.read_text()
+    ]
+    assert users == ["skd_dist/data/sources/torchvision_set.py"]
 
 
 def test_every_file_is_a_module_that_was_seen(graph: grimp.ImportGraph) -> None:

@@ -14,7 +14,8 @@
     order.py       (seed, stage, step, slot) -> which sample, in which epoch
     reader.py      sample id -> bytes                            images.py       bytes -> augmented image
     loader.py      all of it -> the stream of Batch of one student
-    pack.py        images -> shards                              digits.py       scikit-learn's digits -> shards
+    sources/       folder, zip, list, data set -> samples        digits.py       scikit-learn's digits -> shards
+    pack.py        samples -> shards, by way of pack_plan.py (which goes where), pack_image.py (bytes), pack_workers.py
     seeds.py       every random number of the above              atomic.py       whole files or none
 
 Nothing in a shard is unpickled or executed.

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from skd_dist.data.fraction import balanced_order
-from skd_dist.data.pack import PackSample, write_shards
+from skd_dist.data.pack import write_shards
+from skd_dist.data.pack_sample import PackSample
 
 SPLITS = {"train": 1257, "val": 180, "test": 360}
 """Number of samples: 70 % to train on, as in the calibration of the method on this data."""

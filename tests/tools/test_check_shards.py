@@ -148,7 +148,10 @@ def test_repair_writes_what_is_sound_and_lists_the_rest(
 def test_repair_of_a_sound_set_gives_the_same_shards(shards: list[Path], tmp_path: Path) -> None:
     folder, out = shards[0].parent, tmp_path / "out"
     assert main([str(folder), "--repair", str(out)]) == 0
-    assert files(out) == files(folder) | {"left_out.jsonl": b""}
+    # What pack.json says of the shards would not hold for what is left of a damaged set.
+    assert files(out) == {name: data for name, data in files(folder).items() if name != "pack.json"} | {
+        "left_out.jsonl": b""
+    }
 
 
 @pytest.mark.parametrize(("kind", "extension"), [("mask", "mask.png"), ("boxes", "boxes.json")])
