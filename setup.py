@@ -16,6 +16,7 @@ setup(
         "accelerate>=1.10",
         "braceexpand>=0.1.7",
         "deepspeed>=0.19.8",
+        "fsspec>=2025.3",
         "mlflow>=3.17.2",
         "numpy>=2",
         "nvidia-ml-py>=12",
@@ -31,13 +32,17 @@ setup(
         "webdataset>=1.0.2",
     ],
     extras_require={
+        "remote": ["fsspec[http]>=2025.3", "s3fs>=2025.3"],
         "dev": [
+            "fsspec[http]>=2025.3",
             "hypothesis>=6",
             "import-linter>=2.5",
+            "moto[server]>=5",
             "mypy>=1.18",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "ruff>=0.14",
+            "s3fs>=2025.3",
         ],
     },
 )

@@ -83,7 +83,10 @@ def load_index(spec: str, *, flag: str, keep: bool = True) -> ShardIndex:
     Raises:
         UserError: no shards, an unsound shard, an index that does not fit its shard, a key in two shards.
     """
-    shards = list_shards(spec, flag=flag)
+    places = list_shards(spec, flag=flag)
+    shards = tuple(place for place in places if isinstance(place, Path))
+    if len(shards) < len(places):
+        raise UserError(f"{flag}: only shards on this machine are indexed so far", got=places[-1])
     return _join(shards, _load_all(shards, flag=flag, keep=keep))
 
 
