@@ -16,6 +16,7 @@ import tyro
 from skd_dist.data.images import Augment
 from skd_dist.data.imbalance import parse_imbalance
 from skd_dist.data.label_noise import parse_label_noise
+from skd_dist.data.location import redact
 from skd_dist.data.selection import SelectionSpec
 from skd_dist.duration import parse_duration, parse_interval
 from skd_dist.errors import UserError
@@ -27,9 +28,13 @@ from skd_dist.teacher import TeacherDtype
 MAY_CHANGE_ON_RESUME = frozenset(
     ("teacher_ranks", "teacher_placement", "deepspeed_config", "micro_batch_size", "num_workers", "run_dir")
     + ("tracking_uri", "experiment", "resume", "prefetch", "network_interface", "toy", "dry_run", "name")
-    + ("resume_or_start", "checkpoint_every", "grace", "stall_timeout", "teacher_timeout", "index_dir")
+    + ("resume_or_start", "checkpoint_every", "grace", "stall_timeout", "teacher_timeout")
+    + ("index_dir", "cache_dir", "cache_gib")
 )
 """Fields that say where and how a run is computed, not what: tags in MLflow, where parameters are written once."""
+
+_CACHE_GIB_MIN = 1
+"""A smaller cache would not keep single large images: none may be more than a 1024th of it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,6 +89,10 @@ class RunConfig:
     """Samples per forward pass of one student; default: its whole share of the global batch."""
     num_workers: int = 4
     """Loader processes of each student; 0 decodes in the training process."""
+    cache_dir: Path | None = None
+    """Local directory that keeps what was read of remote shards, for all runs of a node; default none."""
+    cache_gib: float = 50.0
+    """Bound of --cache-dir; what was used longest ago is removed."""
     stage_duration: str = "10epochs"
     """Length of each feature stage, for example 50000samples, 200steps, 3epochs."""
     head_duration: str = "10epochs"
@@ -166,9 +175,15 @@ class RunConfig:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, for config.json and the tracking."""
-        index_dir = None if self.index_dir is None else str(self.index_dir)
-        return {**dataclasses.asdict(self), "run_dir": str(self.run_dir), "index_dir": index_dir}
+        """Plain values, for config.json and the tracking; URLs without credentials."""
+        values = dataclasses.asdict(self)
+        shards = {name: values[name] for name in ("train_shards", "val_shards", "test_shards")}
+        return {
+            **values,
+            **{name: None if spec is None else redact(spec) for name, spec in shards.items()},
+            **{name: None if values[name] is None else str(values[name]) for name in ("index_dir", "cache_dir")},
+            "run_dir": str(self.run_dir),
+        }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -211,6 +226,8 @@ def check_config(config: RunConfig) -> None:
     _check_range("--image-size", config.image_size, low=1)
     _check_range("--prefetch", config.prefetch, low=0)
     _check_range("--num-workers", config.num_workers, low=0)
+    if not (config.cache_gib >= _CACHE_GIB_MIN and math.isfinite(config.cache_gib)):
+        raise UserError("--cache-gib cannot be used", got=config.cache_gib, expected=f"{_CACHE_GIB_MIN} or more")
     if not 0 < config.fraction <= 1:
         raise UserError("--fraction cannot be used", got=config.fraction, expected="more than 0 and at most 1")
     _check_validation(config)

@@ -110,9 +110,17 @@ def unpack_embedded_data(config: RunConfig) -> None:
 def open_split(
     config: RunConfig, spec: str, *, flag: str, keep_index: bool, on_progress: OnProgress | None = None
 ) -> ShardIndex:
-    """Index one split and hold its labels against --num-classes."""
+    """Index one split and hold its targets against what is trained.
+
+    Raises:
+        UserError: as `load_index`; targets that are no classes, or labels beyond --num-classes.
+    """
     place = str(digits_directory(config) / spec.removeprefix(DIGITS)) if spec.startswith(DIGITS) else spec
     index = load_index(place, flag=flag, keep=keep_index, index_dir=config.index_dir, on_progress=on_progress)
+    if index.kind != "class":
+        raise UserError(
+            f"{flag} has no class labels", got=f"targets of kind {index.kind}", expected="a .cls member each"
+        )
     highest = int(index.labels.max())
     if highest >= config.num_classes:
         raise UserError(

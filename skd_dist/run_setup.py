@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 
 from skd_dist.config import MAY_CHANGE_ON_RESUME, RunConfig
+from skd_dist.data.location import redact
 from skd_dist.display import RunDisplay, waiting_bar
 from skd_dist.emergency import Emergency
 from skd_dist.engines import EngineSpec, load_deepspeed_config
@@ -212,7 +213,7 @@ def track_run(
         DatasetNote(
             split="train",
             name="train",
-            source=config.train_shards,
+            source=redact(config.train_shards),
             digest=splits.digest,
             num_samples=len(splits.train_ids),
             fraction=config.fraction,

@@ -1,6 +1,7 @@
 """Configuration: flags, what is refused, how a batch is split."""
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -38,6 +39,8 @@ FLAGS = [
     "--global-batch-size",
     "--micro-batch-size",
     "--num-workers",
+    "--cache-dir",
+    "--cache-gib",
     "--stage-duration",
     "--head-duration",
     "--lr",
@@ -100,6 +103,8 @@ def test_a_holdout_takes_the_place_of_a_recipes_validation_shards() -> None:
         ({"imbalance": "0"}, "--imbalance cannot be used; got '0'; expected GAMMA or GAMMA:MAX:MIN, GAMMA above 0"),
         ({"lr": -1.0}, "--lr cannot be used; got -1.0; expected a number above 0"),
         ({"lr": float("nan")}, "--lr cannot be used; got nan"),
+        ({"cache_gib": 0.5}, "--cache-gib cannot be used; got 0.5; expected 1 or more"),
+        ({"cache_gib": float("inf")}, "--cache-gib cannot be used; got inf"),
         ({"num_classes": 1}, "--num-classes cannot be used; got 1; expected 2 or more"),
         ({"prefetch": -1}, "--prefetch cannot be used; got -1; expected 0 or more"),
         ({"method": "skdd"}, "unknown --method; got skdd; expected skd, no_teacher, simultaneous"),
@@ -133,3 +138,11 @@ def test_a_batch_is_micro_times_accumulation_times_students(micro: int, accumula
     config = dataclasses.replace(CONFIG, global_batch_size=micro * accumulate * students, micro_batch_size=micro)
     shape = batch_shape(config, num_students=students)
     assert (shape.micro_batch_size, shape.grad_accum_steps, shape.num_students) == (micro, accumulate, students)
+
+
+def test_plain_values_show_no_credentials() -> None:
+    config = dataclasses.replace(CONFIG, train_shards="https://me:secret@host/a-{0..1}.tar", cache_dir=Path("/x"))
+    values = config.to_json()
+    assert values["train_shards"] == "https://***@host/a-{0..1}.tar"
+    assert (values["val_shards"], values["test_shards"], values["cache_dir"]) == ("v", None, "/x")
+    assert json.loads(json.dumps(values)) == values

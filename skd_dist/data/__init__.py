@@ -1,7 +1,8 @@
 """The way of a sample, from a tar shard to a micro-batch.                                      [door to webdataset]
 
-    shards.py      spec on the command line -> shard paths
-    tar_stream.py  one shard -> its members                      shard_file.py   local and remote shards as files
+    shards.py      spec on the command line -> shards            location.py     paths, and URLs that hide credentials
+    shard_file.py  a shard as a file, here or remote             remote.py       ranges behind URLs  [door to fsspec]
+    tar_stream.py  one shard -> its members                      retry.py        what is tried again over a network
     scan.py        members -> where samples lie, checksums       checksum.py     xxh3
     index_file.py  the same, kept beside the shard               shard_samples.py  the same, in memory
     salvage.py     a damaged shard and its index -> what is still as it was
@@ -13,7 +14,9 @@
     imbalance.py   a long tail of class sizes                    label_noise.py  wrong labels on purpose
     order.py       (seed, stage, step, slot) -> which sample, in which epoch
     reader.py      sample id -> bytes                            images.py       bytes -> augmented image
+    range_cache.py ranges of remote shards kept on a local disk
     loader.py      all of it -> the stream of Batch of one student
+    stream.py      the same from shards without ranges           shard_stream.py one such shard
     sources/       folder, zip, list, data set -> samples        digits.py       scikit-learn's digits -> shards
     pack.py        samples -> shards, by way of pack_plan.py (which goes where), pack_image.py (bytes), pack_workers.py
     seeds.py       every random number of the above              atomic.py       whole files or none

@@ -17,8 +17,12 @@ def _temporary_sibling(path: Path) -> Path:
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """Give a temporary path to write to; it becomes `path` when the block ends well, and vanishes when it does not.
+
+    Args:
+        path: what is there is replaced.
+        durable: wait for the disk, so that a crash of the machine leaves no empty file; False for what can be lost.
 
     Raises:
         OSError: the directory cannot be written.
@@ -26,8 +30,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
     temporary = _temporary_sibling(path)
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        if durable:
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

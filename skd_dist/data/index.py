@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from skd_dist.data.bad_samples import BadSample
 from skd_dist.data.index_build import BuildOptions, IndexedShard, index_shards
+from skd_dist.data.pack_file import check_complete
 from skd_dist.data.scan import OnBad
 from skd_dist.data.shard_pool import OnProgress
 from skd_dist.data.shard_samples import SAMPLE_ARRAYS, Kind
@@ -97,7 +98,6 @@ def load_index(
     keep: bool = True,
     index_dir: Path | None = None,
     on_bad: OnBad = "error",
-    allow_pipe_urls: bool = False,
     on_progress: OnProgress | None = None,
 ) -> ShardIndex:
     """Find the shards of a set, read their indexes, and join them; absent indexes are built.
@@ -108,14 +108,15 @@ def load_index(
         keep: whether an index that had to be built may be written.
         index_dir: where indexes are kept that do not lie beside their shards; None: beside them.
         on_bad: "quarantine" leaves out what is not sound and lists it in `bad`.
-        allow_pipe_urls: see `list_shards`.
         on_progress: called after each shard that had to be read through.
 
     Raises:
-        UserError: no shards, targets of two kinds, no sound sample at all. Unless quarantined: an unsound shard, an
-            index that does not fit its shard, a key in two shards.
+        UserError: no shards, a set that is not packed to its end, targets of two kinds, no sound sample at all. Unless
+            quarantined: an unsound shard, an index that does not fit its shard, a key in two shards.
     """
-    shards = list_shards(spec, flag=flag, allow_pipe_urls=allow_pipe_urls)
+    shards = list_shards(spec, flag=flag)
+    for folder in sorted({shard.parent for shard in shards if isinstance(shard, Path)}):
+        check_complete(folder, whole=folder == Path(spec))
     options = BuildOptions(index_dir=index_dir, keep=keep, on_bad=on_bad)
     parts = index_shards(shards, options, on_progress=on_progress)
     _tell_unsaved(parts, flag)

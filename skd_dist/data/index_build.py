@@ -8,6 +8,7 @@ What a damaged shard still holds is never kept as an index: the next run would t
 """
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,9 @@ from skd_dist.data.shard_pool import OnProgress, map_shards
 from skd_dist.data.shard_samples import ShardSamples
 from skd_dist.data.shards import Location
 from skd_dist.errors import UserError
+
+_NUM_REQUESTS = 16
+"""Indexes of remote shards that are looked for at the same time (guess)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +67,9 @@ def index_shards(
     Raises:
         UserError: as `scan_shard` and `read_index`, or an index does not fit its shard; the first such shard.
     """
-    done = {shard: found for shard in shards if (found := _look_up(shard, options)) is not None}
+    with ThreadPoolExecutor(_NUM_REQUESTS if any(isinstance(shard, str) for shard in shards) else 1) as threads:
+        looked_up = zip(shards, threads.map(partial(_look_up, options=options), shards), strict=True)
+        done = {shard: found for shard, found in looked_up if found is not None}
     absent = [shard for shard in shards if shard not in done]
     build = partial(_build, options=options)
     built = map_shards(build, absent, num_processes=num_processes, on_progress=on_progress)

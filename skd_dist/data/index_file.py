@@ -20,9 +20,10 @@ from typing import BinaryIO
 import numpy as np
 
 from skd_dist.data.atomic import atomic_file
-from skd_dist.data.shard_file import open_shard, read_blocks, shard_size
+from skd_dist.data.location import Location, ShardUrl
+from skd_dist.data.retry import AbsentError
+from skd_dist.data.shard_file import open_shard, read_blocks, sibling_url, size_of
 from skd_dist.data.shard_samples import KINDS, SAMPLE_ARRAYS, ShardSamples
-from skd_dist.data.shards import Location
 from skd_dist.errors import UserError
 
 _FORMAT = 2
@@ -49,13 +50,13 @@ class StoredIndex:
         Raises:
             OSError: the shard is not there or cannot be read.
         """
-        return shard_size(shard) == self.shard_size and fingerprint(shard) == self.fingerprint
+        return size_of(shard) == self.shard_size and fingerprint(shard) == self.fingerprint
 
 
 def index_path(shard: Location) -> Location:
     """`train-000000.tar` -> `train-000000.index.npz`, beside the shard."""
     name = f"{_stem(shard)}{_SUFFIX}"
-    return shard.with_name(name) if isinstance(shard, Path) else f"{shard.rpartition('/')[0]}/{name}"
+    return shard.with_name(name) if isinstance(shard, Path) else sibling_url(ShardUrl(shard), name)
 
 
 def fingerprint(shard: Location) -> str:
@@ -64,7 +65,7 @@ def fingerprint(shard: Location) -> str:
     Raises:
         OSError: it cannot be read.
     """
-    size = shard_size(shard)
+    size = size_of(shard)
     offsets = np.unique(np.linspace(0, max(0, size - _BLOCK_BYTES), _NUM_BLOCKS).astype(np.int64))
     digest = hashlib.blake2b(b"%d" % size, digest_size=16)
     for block in read_blocks(shard, offsets.tolist(), _BLOCK_BYTES):
@@ -104,7 +105,7 @@ def write_index(shard: Location, samples: ShardSamples, *, index_dir: Path | Non
             format=np.int64(_FORMAT),
             kind=np.str_(samples.kind),
             ignored=np.array(samples.ignored, dtype=np.str_),
-            shard_size=np.int64(shard_size(shard)),
+            shard_size=np.int64(size_of(shard)),
             fingerprint=np.str_(mark),
             **{name: getattr(samples, name) for name in SAMPLE_ARRAYS},
         )
@@ -134,7 +135,7 @@ def read_index(path: Location) -> StoredIndex:
 
 
 def _stem(shard: Location) -> str:
-    name = shard.name if isinstance(shard, Path) else shard.rpartition("/")[2]
+    name = shard.name if isinstance(shard, Path) else ShardUrl(shard).whole.partition("?")[0].rpartition("/")[2]
     return name.removesuffix(".tar")
 
 
@@ -146,8 +147,8 @@ def _exists(path: Location) -> bool:
     if isinstance(path, Path):
         return path.exists()
     try:
-        shard_size(path)
-    except FileNotFoundError:
+        size_of(path)
+    except AbsentError:
         return False
     return True
 

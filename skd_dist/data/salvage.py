@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from skd_dist.data.bad_samples import BadSample
 from skd_dist.data.checksum import checksum
-from skd_dist.data.shard_file import open_shard, shard_size
+from skd_dist.data.shard_file import open_shard, size_of
 from skd_dist.data.shard_samples import ShardSamples
 from skd_dist.data.shards import Location
 
@@ -37,7 +37,7 @@ def key_text(key: bytes) -> str:
 
 
 def _salvage(shard: Location, samples: ShardSamples) -> tuple[ShardSamples, tuple[BadSample, ...]]:
-    size = shard_size(shard)
+    size = size_of(shard)
     intact = {name: _intact(shard, samples, name) for name in ("image", "target")}
     ends = np.maximum(samples.image_offset + samples.image_size, samples.target_offset + samples.target_size)
     lost = ends > size

@@ -1,49 +1,117 @@
-"""Shards as files, local or remote: read through once, or a few ranges of them."""
+"""One shard as a file to read from front to back, its size, a few blocks of it: local and remote alike.
 
+A remote shard is read in ranges of 8 MiB, each with its own retries. So a connection that is cut in the middle of a
+scan costs that range, and the scan goes on where it was.
+"""
+
+import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
 
-import fsspec
+from skd_dist.data.location import PIPE, Location, ShardUrl
+from skd_dist.data.remote import read_range, stat
+from skd_dist.errors import UserError
 
-from skd_dist.data.shards import Location
+_REQUEST_BYTES = 8 * 2**20
+"""Large enough that the wait for a store's answer does not matter, small enough for many processes (guess)."""
+_BUFFER_BYTES = 2**20
+"""Of local files: read from front to back, they are read in pieces of this size."""
 
-_BUFFER_BYTES = 1 << 20
+
+class _RemoteFile(io.RawIOBase):
+    """A remote file, read-only and seekable; every read is one request for a range."""
+
+    def __init__(self, url: ShardUrl) -> None:
+        self._url = url
+        self._size = stat(url).size
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = max(0, start + offset)
+        return self._position
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        size = max(0, min(len(buffer), self._size - self._position, _REQUEST_BYTES))
+        buffer[:size] = read_range(self._url, offset=self._position, size=size)
+        self._position += size
+        return size
+
+    def readall(self) -> bytes:
+        """All that is left; Python's own way would ask for it in pieces of 8 KiB."""
+        pieces: list[bytes] = []
+        while self._position < self._size:
+            piece = bytearray(_REQUEST_BYTES)
+            pieces.append(bytes(piece[: self.readinto(memoryview(piece))]))
+        return b"".join(pieces)
 
 
-def open_shard(shard: Location) -> BinaryIO:
-    """Open for reading from the start on; seeking works too, but costs a request where the shard is remote.
+@contextmanager
+def open_shard(location: Location) -> Iterator[BinaryIO]:
+    """Open a shard for reading, from front to back or anywhere.
 
     Raises:
-        OSError: it is not there or cannot be read.
+        OSError: a local shard cannot be opened; reading may raise it too.
+        UserError: a remote shard cannot be opened; reading may raise it too. A pipe has no place to go back to.
     """
-    if isinstance(shard, Path):
-        return shard.open("rb", buffering=_BUFFER_BYTES)
-    return cast(BinaryIO, fsspec.open(shard, "rb").open())
+    if isinstance(location, Path):
+        with location.open("rb", buffering=_BUFFER_BYTES) as file:
+            yield file
+        return
+    with io.BufferedReader(_RemoteFile(_url(location)), buffer_size=_REQUEST_BYTES) as reader:
+        yield cast(BinaryIO, reader)
 
 
-def shard_size(shard: Location) -> int:
-    """Bytes.
+def size_of(location: Location) -> int:
+    """Size of a shard, bytes.
 
     Raises:
-        OSError: it is not there or cannot be read.
+        OSError: a local shard is not there.
+        UserError: the size of a remote shard cannot be found out.
     """
-    if isinstance(shard, Path):
-        return shard.stat().st_size
-    filesystem, path = fsspec.core.url_to_fs(shard)
-    return int(filesystem.size(path))
+    return location.stat().st_size if isinstance(location, Path) else stat(_url(location)).size
 
 
-def read_blocks(shard: Location, offsets: Sequence[int], size: int) -> list[bytes]:
-    """Read a few blocks of equal size; remote ones all at once.
+def read_blocks(location: Location, offsets: Sequence[int], size: int) -> list[bytes]:
+    """Read a few blocks of equal size; remote ones at the same time. What lies beyond the end is left out.
 
     Raises:
-        OSError: it is not there or cannot be read.
+        OSError: a local shard cannot be read.
+        UserError: a remote shard cannot be read.
     """
-    if isinstance(shard, Path):
-        with shard.open("rb", buffering=0) as file:
+    if isinstance(location, Path):
+        with location.open("rb", buffering=0) as file:
             return [os.pread(file.fileno(), size, offset) for offset in offsets]
-    filesystem, path = fsspec.core.url_to_fs(shard)
-    ends = [offset + size for offset in offsets]
-    return cast(list[bytes], filesystem.cat_ranges([path] * len(offsets), list(offsets), ends, on_error="raise"))
+    url = _url(location)
+    end = stat(url).size
+    with ThreadPoolExecutor(max(1, len(offsets))) as threads:
+        reads = [threads.submit(read_range, url, offset=at, size=max(0, min(size, end - at))) for at in offsets]
+        return [read.result() for read in reads]
+
+
+def sibling_url(url: ShardUrl, name: str) -> ShardUrl:
+    """`https://host/a.tar?token` -> `https://host/NAME?token`."""
+    path, mark, query = url.whole.partition("?")
+    return ShardUrl(f"{path.rpartition('/')[0]}/{name}{mark}{query}")
+
+
+def _url(location: str) -> ShardUrl:
+    url = ShardUrl(location)
+    if location.startswith(PIPE):
+        raise UserError(
+            "a pipe can only be streamed: it has neither a size nor ranges", got=url, do="write it to a file first"
+        )
+    return url

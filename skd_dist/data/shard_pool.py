@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import TypeVar
 
-from skd_dist.data.shard_file import shard_size
+from skd_dist.data.shard_file import size_of
 from skd_dist.data.shards import Location
 
 OnProgress = Callable[[int, int], None]
@@ -63,7 +63,7 @@ def _default_processes(shards: Sequence[Location]) -> int:
     num_bytes = 0
     for shard in shards:
         try:
-            num_bytes += shard_size(shard)
+            num_bytes += size_of(shard)
         except OSError:
             # Whoever reads it will say so.
             continue
