@@ -27,8 +27,10 @@ setup(
         "timm>=1.0.22",
         "torch>=2.13.0",
         "torchvision>=0.28.0",
+        "simplejpeg>=1.9",
         "tyro>=1.0",
         "webdataset>=1.0.2",
+        "xxhash>=3.5",
     ],
     extras_require={
         "dev": [

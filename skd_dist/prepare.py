@@ -13,6 +13,7 @@ from skd_dist.contracts import Method, PlanContext
 from skd_dist.data.digits import write_digits_shards
 from skd_dist.data.fraction import select_fraction, subset_digest
 from skd_dist.data.index import ShardIndex, load_index
+from skd_dist.data.order import Blocks, layout_digest
 from skd_dist.duration import parse_duration
 from skd_dist.errors import UserError
 from skd_dist.methods import find_method
@@ -48,6 +49,8 @@ class Splits:
     """Of the fraction: which samples with which labels, whatever the shards."""
     val_digest: str
     """Of the validation split, likewise."""
+    layout_digest: str | None
+    """Which training sample is in which shard, where the order follows the shards."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +63,11 @@ class Prepared:
     splits: Splits
     shape: BatchShape
     plan: StagePlan
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Every sample is decoded once in an epoch and gives all its views."""
+        return len(self.splits.train_ids) * self.config.views_per_decode
 
 
 def prepare_models(config: RunConfig) -> Models:
@@ -128,6 +136,7 @@ def prepare_splits(config: RunConfig, *, keep_index: bool) -> Splits:
         else None,
         digest=subset_digest(train, ids),
         val_digest=subset_digest(val, np.arange(val.num_samples)),
+        layout_digest=layout_digest(Blocks(train.shard_id[ids], config.shuffle_window)),
     )
 
 
@@ -166,5 +175,5 @@ def prepare_run(config: RunConfig, *, num_students: int, keep_index: bool = True
     method = find_method(config.method)
     models = prepare_models(config)
     splits = prepare_splits(config, keep_index=keep_index)
-    plan = write_plan(config, models, method, samples_per_epoch=len(splits.train_ids))
+    plan = write_plan(config, models, method, samples_per_epoch=len(splits.train_ids) * config.views_per_decode)
     return Prepared(config=config, method=method, models=models, splits=splits, shape=shape, plan=plan)

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from skd_dist.data.bad_samples import BadSample
 from skd_dist.data.index_file import index_path, read_index, write_index
 from skd_dist.data.scan import ShardSamples, scan_shard
 from skd_dist.data.shards import list_shards
@@ -40,6 +41,10 @@ class ShardIndex:
     """[N], >= 0."""
     keys: NDArray[np.bytes_]
     """[N], UTF-8, ascending, unique."""
+    image_checksum: NDArray[np.uint64] | None = None
+    """[N], of the image's bytes."""
+    bad: tuple[BadSample, ...] = ()
+    """What was left out."""
 
     @property
     def num_samples(self) -> int:

@@ -1,6 +1,6 @@
 """Derived seeds are part of what a run means: their values may never change."""
 
-from skd_dist.data.seeds import derive_seed
+from skd_dist.data.seeds import SmallRandom, derive_seed
 
 
 def test_values_never_change() -> None:
@@ -23,3 +23,18 @@ def test_every_part_counts() -> None:
 def test_range_is_64_bits() -> None:
     seeds = [derive_seed("order", 0, number) for number in range(1000)]
     assert min(seeds) >= 0 and 2**63 < max(seeds) < 2**64
+
+
+def test_small_random_is_splitmix64() -> None:
+    """The first words of the reference implementation (Vigna, splitmix64.c) from the seed 1234567."""
+    rng = SmallRandom(1234567)
+    assert [rng.word() for _ in range(3)] == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+
+
+def test_small_random_numbers_fill_their_range() -> None:
+    rng = SmallRandom(2**64 - 1)
+    whole = [rng.below(5) for _ in range(2000)]
+    assert {number: whole.count(number) > 300 for number in range(5)} == dict.fromkeys(range(5), True)
+    parts = [rng.uniform(-2, 3) for _ in range(2000)]
+    assert -2 <= min(parts) < -1.9 and 2.9 < max(parts) < 3
+    assert rng.below(1) == 0

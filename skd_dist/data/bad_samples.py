@@ -1,0 +1,15 @@
+"""What is left out of a set, so that nothing is left out in silence."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class BadSample:
+    """One sample that was left out, or the rest of a shard of which nobody knows what it held."""
+
+    shard: str
+    """Path or URL."""
+    key: str
+    """Of the sample; empty where the rest of a shard is meant."""
+    reason: str
+    """One line."""
