@@ -61,6 +61,7 @@ class ShardDataset:
         self._index = index
         self._ids = ids
         self._transform = transform
+        self._is_random = transform.is_random
         self._on_bad = on_bad
         self._excluded = dict(excluded or {}) if on_bad == "quarantine" else {}
         self._reader = ShardReader(index.shards)
@@ -144,7 +145,7 @@ class ShardDataset:
         try:
             if expected >= 0 and checksum(data) != expected:
                 raise ImageError("its bytes are not those that were indexed: the checksum differs")
-            seeds = [order.rng_seed(visit, key, view) if self._transform.is_random else 0 for view in range(len(out))]
+            seeds = [order.rng_seed(visit, key, view) if self._is_random else 0 for view in range(len(out))]
             self._transform.write_views(data, rng_seeds=seeds, out=out)
         except ImageError as error:
             if self._on_bad == "error":

@@ -11,8 +11,7 @@ JPEG that simplejpeg refuses: CMYK, and damage that decoders commonly pass over.
 import io
 import struct
 import warnings
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -39,8 +38,7 @@ class ImageError(Exception):
     """These bytes are no image that may be decoded."""
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(NamedTuple):
     """What an image says of itself before a pixel of it exists."""
 
     format: Format

@@ -1,15 +1,17 @@
 """Requests -> pixels, in this process or by workers.
 
-    request (slot, visits, rows) --queue--> worker: reads, decodes, writes into its slot of a shared ring
-    answer (what failed)        <--queue--  consumer: copies the slot into a batch of its own, pinned where wanted
+    request (slot, visits, rows) --queue--> worker: reads, decodes, writes into that slot of shared memory
+    answer (what failed)        <--queue--  consumer: is lent the slot until it drops the pixels
 
 Pixels never pass through a queue: sending a tensor costs a worker a new memory file, and both sides a connection, which
-is as much as decoding dozens of small images. The ring is anonymous shared memory, inherited when workers are forked:
-containers limit /dev/shm, which torch would use.
+is as much as decoding dozens of small images. Nor are they copied, as long as there are slots enough: fresh memory for
+every batch costs more than the copy. Slots are anonymous shared memory, inherited when workers are forked: containers
+limit /dev/shm, which torch would use.
 """
 
 import mmap
 import signal
+import weakref
 from collections.abc import Generator, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -24,13 +26,15 @@ from skd_dist.errors import UserError
 
 _PREFETCH = 2
 """Requests that wait for each worker: torch's default."""
+_NUM_LENT = 6
+"""Requests whose pixels the consumer may hold without a copy: those that wait for a teacher, and those of a step."""
 
 
 class Request(NamedTuple):
     """What is asked of a worker; arrays, because a thousand small objects take long to send."""
 
     slot: int
-    """Of the ring."""
+    """Where the pixels go."""
     visits: NDArray[np.int64]
     rows: NDArray[np.int64]
 
@@ -40,27 +44,48 @@ class Filled(NamedTuple):
 
     request: Request
     images: NDArray[np.uint8]
-    """[len(rows) * K, 3, H, W]; only until the next one is asked for."""
+    """[len(rows) * K, 3, H, W]; nobody writes there while this array, or a view of it, is alive."""
     bad: list[Bad]
+
+
+class _Slots:
+    """Shared memory for some requests, and which of it is free. Made before workers are forked."""
+
+    def __init__(self, count: int, shape: tuple[int, ...]) -> None:
+        self._shape = shape
+        self._memory = [mmap.mmap(-1, int(np.prod(shape))) for _ in range(count)]
+        self._free = list(range(count))  # the last that came back is the next that goes: it is still in the cache
+
+    def take(self) -> int:
+        return self._free.pop()
+
+    def view(self, slot: int, num_images: int) -> NDArray[np.uint8]:
+        return np.frombuffer(self._memory[slot], dtype=np.uint8).reshape(self._shape)[:num_images]
+
+    def lend(self, slot: int, num_images: int) -> NDArray[np.uint8]:
+        """What was written into a slot; it is free again when nobody has this array or a view of it any more.
+
+        The last free slot is not waited for: a copy is given away instead, because the next request needs a slot.
+        """
+        owner = np.frombuffer(self._memory[slot], dtype=np.uint8)  # numpy's views keep it alive, torch's tensors them
+        weakref.finalize(owner, self._free.append, slot).atexit = False
+        images = owner.reshape(self._shape)[:num_images]
+        return images if self._free else images.copy()
 
 
 class _Shelf(Dataset[Any]):
     """What a worker does with a request. Inherited by fork, never pickled."""
 
-    def __init__(self, dataset: ShardDataset, order: VisitOrder, *, num_slots: int, num_visits: int, views: int):
-        shape = (num_slots, num_visits * views, *dataset.image_shape)
-        self.ring = np.frombuffer(mmap.mmap(-1, int(np.prod(shape))), dtype=np.uint8).reshape(shape)
+    def __init__(self, dataset: ShardDataset, order: VisitOrder, slots: _Slots, views: int) -> None:
         self._dataset = dataset
         self._order = order
+        self._slots = slots
         self._views = views
-
-    def images_of(self, request: Request) -> NDArray[np.uint8]:
-        return self.ring[request.slot, : len(request.rows) * self._views]
 
     def __getitem__(self, request: Request) -> tuple[Request, list[Bad]] | UserError:
         """An error of the user is returned, not raised: torch would wrap it into a page of traceback."""
         try:
-            out = self.images_of(request)
+            out = self._slots.view(request.slot, len(request.rows) * self._views)
             return request, self._dataset.write(request.visits, request.rows, order=self._order, out=out)
         except UserError as error:
             return error
@@ -84,12 +109,11 @@ def fetch(
         views_per_decode: slots of each visit.
         num_workers: processes; 0 decodes in this one.
     """
-    # While one slot is copied out of, the request that follows on those under way was sent already.
-    num_slots = _PREFETCH * num_workers + 1
-    shelf = _Shelf(dataset, order, num_slots=num_slots, num_visits=visits_per_request, views=views_per_decode)
-    requests = (Request(i % num_slots, wanted, order.rows(wanted)) for i, wanted in enumerate(visits))
+    num_under_way = max(1, _PREFETCH * num_workers)
+    slots = _Slots(num_under_way + _NUM_LENT, (visits_per_request * views_per_decode, *dataset.image_shape))
+    requests = (Request(slots.take(), wanted, order.rows(wanted)) for wanted in visits)
     loader = DataLoader(
-        shelf,
+        _Shelf(dataset, order, slots, views_per_decode),
         batch_size=None,
         sampler=requests,
         num_workers=num_workers,
@@ -101,7 +125,7 @@ def fetch(
         worker_init_fn=_leave_stopping_to_the_trainer,
     )
     # Workers (of one thread each, by torch's default) start here, before the first batch is due.
-    return _raise_errors(iter(loader), shelf)
+    return _raise_errors(iter(loader), slots, views_per_decode)
 
 
 def _leave_stopping_to_the_trainer(worker: int) -> None:
@@ -114,7 +138,7 @@ def _as_it_is(answer: Any) -> Any:
     return answer
 
 
-def _raise_errors(answers: Iterator[Any], shelf: _Shelf) -> Generator[Filled, None, None]:
+def _raise_errors(answers: Iterator[Any], slots: _Slots, views: int) -> Generator[Filled, None, None]:
     for answer in answers:
         if isinstance(answer, UserError):
             try:
@@ -123,4 +147,4 @@ def _raise_errors(answers: Iterator[Any], shelf: _Shelf) -> Generator[Filled, No
                 # Else the error holds this frame and the frame the error, and with it the workers.
                 del answer, answers
         request, bad = answer
-        yield Filled(request, shelf.images_of(request), bad)
+        yield Filled(request, slots.lend(request.slot, len(request.rows) * views), bad)

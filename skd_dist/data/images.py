@@ -174,6 +174,8 @@ def _resize(pixels: Pixels, height: int, width: int) -> Tensor:
 
 def _centre(pixels: Pixels, *, shorter: int, size: int) -> Pixels:
     """The middle, uint8 [size, size, 3], after the shorter side became `shorter`; as Resize and CenterCrop."""
+    if pixels.shape[0] == pixels.shape[1] == shorter == size:
+        return pixels
     pixels = _middle(pixels)
     height, width = pixels.shape[:2]
     if height <= width:
@@ -198,10 +200,16 @@ def _write_shifted(centre: Pixels, rng: SmallRandom, *, mirrors: bool, out: Pixe
     size = len(centre)
     pad = max(1, size // _PAD_SHARE)
     down, right = rng.below(2 * pad + 1) - pad, rng.below(2 * pad + 1) - pad
-    source = centre[max(0, -down) : size - max(0, down), max(0, -right) : size - max(0, right)]
     if mirrors and rng.below(2) == 1:
-        source, right = source[:, ::-1], -right
+        centre, right = centre[:, ::-1], -right
     if down or right:
         out.fill(0)
-    place = out[:, max(0, down) : size - max(0, -down), max(0, right) : size - max(0, -right)]
-    np.copyto(place, source.transpose(2, 0, 1))
+    (from_y, to_y), (from_x, to_x) = _overlap(size, down), _overlap(size, right)
+    np.copyto(out[:, to_y, to_x], centre.transpose(2, 0, 1)[:, from_y, from_x])
+
+
+def _overlap(size: int, moved: int) -> tuple[slice, slice]:
+    """What of a side stays in sight when it is moved: where it was, and where it is."""
+    if moved >= 0:
+        return slice(size - moved), slice(moved, size)
+    return slice(-moved, size), slice(size + moved)

@@ -171,7 +171,7 @@ def _cut(
     pin_memory: bool,
     num_valid_visits: int | None,
 ) -> Batches:
-    """Batches out of what was fetched, each in memory of its own."""
+    """Batches out of what was fetched."""
     for request, images, bad in answers:
         visits, rows = request.visits, request.rows.copy()
         valid = np.ones(len(visits), dtype=bool) if num_valid_visits is None else visits < num_valid_visits
@@ -182,19 +182,11 @@ def _cut(
             mine = slice(first, first + batch_size)
             those = slice(first // views, (first + batch_size) // views)
             batch = Batch(
-                images=_own_copy(images[mine], pin_memory),
+                images=torch.from_numpy(images[mine]),
                 labels=torch.from_numpy(labels[mine]),
                 valid=torch.from_numpy(valid[those].repeat(views)),
                 keys=tuple(key for key in keys[those] for _ in range(views)) if views > 1 else keys[those],
                 bad=tuple((one.shard, one.key, one.reason) for one in bad if those.start <= one.place < those.stop),
             )
             yield batch.pin_memory() if pin_memory else batch
-        del images  # a view of the ring; the next request may be written there
-
-
-def _own_copy(images: NDArray[np.uint8], pin_memory: bool) -> torch.Tensor:
-    if not pin_memory:
-        return torch.from_numpy(images.copy())
-    pinned = torch.empty(images.shape, dtype=torch.uint8, pin_memory=True)
-    pinned.copy_(torch.from_numpy(images))
-    return pinned
+        del images, batch  # what the consumer has dropped is free for the next request

@@ -12,12 +12,13 @@ reads stay within a few shards at a time; the order then depends on how the set 
 """
 
 import hashlib
-from typing import NamedTuple, Protocol
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from skd_dist.data.seeds import derive_seed
+from skd_dist.data.seeds import SeedFamily, derive_seed
 
 _NUM_CACHED = 2
 """Epochs: a batch may cross from one into the next."""
@@ -89,6 +90,7 @@ class TrainingOrder:
         self._stage_index = stage_index
         self._blocks = blocks
         self._cached: dict[int, NDArray[np.int64]] = {}
+        self._family_epoch, self._family = 0, SeedFamily("augment", seed, stage_index, 0)
 
     def rows(self, visits: NDArray[np.int64]) -> NDArray[np.int64]:
         epochs, places = np.divmod(visits, self.num_samples)
@@ -102,7 +104,11 @@ class TrainingOrder:
         return found
 
     def rng_seed(self, visit: int, key: bytes, view: int) -> int:
-        return derive_seed("augment", self._seed, self._stage_index, visit // self.num_samples, key, view)
+        epoch = visit // self.num_samples
+        if epoch != self._family_epoch:
+            self._family = SeedFamily("augment", self._seed, self._stage_index, epoch)
+            self._family_epoch = epoch
+        return self._family.derive(key, view)
 
     def _permutation(self, epoch: int) -> NDArray[np.int64]:
         if epoch not in self._cached:
@@ -113,8 +119,9 @@ class TrainingOrder:
             )
         return self._cached[epoch]
 
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_cached": {}}
+    def __reduce__(self) -> tuple[Any, ...]:
+        again = partial(TrainingOrder, seed=self._seed, stage_index=self._stage_index, blocks=self._blocks)
+        return again, (self.num_samples,)
 
 
 class PlainOrder:

@@ -185,6 +185,27 @@ def test_workers_get_several_micro_batches_at_once_and_change_nothing(noise_set:
 
 
 @few_cores
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_held", [0, 1, 5, 100])
+def test_pixels_stay_as_long_as_somebody_has_them(noise_set: Path, num_workers: int, num_held: int) -> None:
+    """However many batches, and parts of batches, a consumer holds while others pass."""
+    dataset = open_set(noise_set)
+    expected = [batch.images.clone() for batch in train(dataset, num_steps=60, micro_batch_size=12)]
+    share = {"student_rank": 0, "num_students": 1, "num_workers": num_workers, "num_steps": 60}
+    stream = train_batches(dataset, seed=5, stage_index=1, global_batch_size=12, micro_batch_size=12, **share)
+    held: dict[int, torch.Tensor] = {}
+    num_seen = 0
+    for number, batch in enumerate(stream):
+        held[number] = batch.images[3:7].permute(0, 2, 3, 1)
+        del batch
+        for other, part in held.items():
+            assert torch.equal(part, expected[other][3:7].permute(0, 2, 3, 1))
+            num_seen += 1
+        held.pop(number - num_held, None)
+    assert num_seen >= 60
+
+
+@few_cores
 def test_workers_change_nothing(noise_set: Path) -> None:
     dataset = open_set(noise_set)
     assert len({batch.images.numpy().tobytes() for batch in train(dataset)}) == 20

@@ -1,6 +1,6 @@
 """Derived seeds are part of what a run means: their values may never change."""
 
-from skd_dist.data.seeds import SmallRandom, derive_seed
+from skd_dist.data.seeds import SeedFamily, SmallRandom, derive_seed
 
 
 def test_values_never_change() -> None:
@@ -23,6 +23,13 @@ def test_every_part_counts() -> None:
 def test_range_is_64_bits() -> None:
     seeds = [derive_seed("order", 0, number) for number in range(1000)]
     assert min(seeds) >= 0 and 2**63 < max(seeds) < 2**64
+
+
+def test_a_family_gives_what_derive_seed_gives() -> None:
+    family = SeedFamily("augment", 7, 1, 12)
+    for key, number in [(b"a", 0), (b"n01440764/x", 3), (b"", 10**6)]:
+        assert family.derive(key, number) == derive_seed("augment", 7, 1, 12, key, number)
+    assert SeedFamily("order", 7).derive(b"a", 0) == derive_seed("order", 7, b"a", 0)
 
 
 def test_small_random_is_splitmix64() -> None:
