@@ -142,7 +142,9 @@ def _decode_with_pil(data: bytes, header: Header) -> NDArray[np.uint8]:
         if image.size != (header.width, header.height):
             raise ImageError(f"{image.width} x {image.height} pixels, but its header says others")
         try:
-            return np.array(image.convert("RGB"))
+            # The way round spares a warning for every such image; the colours are the same.
+            see_through = image.mode == "P" and "transparency" in image.info
+            return np.array((image.convert("RGBA") if see_through else image).convert("RGB"))
         except _BROKEN as error:
             raise ImageError(f"{type(error).__name__}: {error}") from error
 

@@ -65,6 +65,13 @@ def test_other_formats(image_format: str, options: dict[str, object]) -> None:
     np.testing.assert_array_equal(decode(data, header), by_pil(data))
 
 
+@pytest.mark.parametrize("transparency", [3, b"\x00\x80\xff"])
+def test_a_palette_with_transparent_colours_keeps_its_colours(transparency: object) -> None:
+    image = smooth(37, 50).convert("P")
+    data = encode(image, "PNG", transparency=transparency)
+    np.testing.assert_array_equal(decode(data, read_header(data)), np.asarray(image.convert("RGB")))
+
+
 def test_extended_webp() -> None:
     image = smooth(37, 50)
     image.putalpha(image.getchannel(0))
