@@ -26,6 +26,7 @@ from skd_dist.errors import NoTeacherError, UserError
 from skd_dist.job.blackboard import Blackboard
 from skd_dist.meters import any_student
 from skd_dist.progress import StageProgress
+from skd_dist.quarantine import Quarantine
 from skd_dist.rank_state import capture_rank_state, remember_rank_state, restore_buffers, restore_rank_state
 from skd_dist.resume_point import (
     ENGINE,
@@ -57,8 +58,9 @@ class Checkpointer:
         device: of this process.
         interval: between two resume points.
         record: what the manifest says beside the files.
-        notes: what it says too, for people; asked on the first student at every save.
+        notes: step -> what it says too; asked on the first student at every save.
         frozen: parameters that do not train, under the module's names; written by the first student.
+        quarantine: where bad samples are agreed on.
         stop_asked: whether this process has been asked to stop.
         no_teacher: why this student has no teacher any more.
         on_saved: told the step and the seconds of every resume point that exists now.
@@ -74,8 +76,9 @@ class Checkpointer:
         device: torch.device,
         interval: Interval,
         record: Mapping[str, Any],
-        notes: Callable[[], Mapping[str, Any]],
+        notes: Callable[[int], Mapping[str, Any]],
         frozen: Mapping[str, Tensor],
+        quarantine: Quarantine,
         stop_asked: Callable[[], bool],
         no_teacher: Callable[[], NoTeacherError | None],
         on_saved: Callable[[int, float], None],
@@ -89,6 +92,7 @@ class Checkpointer:
         self.record = record
         self._notes = notes
         self._frozen = frozen
+        self._quarantine = quarantine
         self._stop_asked = stop_asked
         self._no_teacher = no_teacher
         self._on_saved = on_saved
@@ -113,6 +117,12 @@ class Checkpointer:
         # One clock decides, the first student's: the others have no wish of their own to save.
         due = self._interval.seconds is not None and self._board.rank == 0
         return bool(due and time.monotonic() - self._last_s >= (self._interval.seconds or 0)), self._stop_asked()
+
+    def num_bad_samples(self) -> int:
+        return self._quarantine.num_pending
+
+    def settle_bad_samples(self) -> None:
+        self._quarantine.settle()
 
     def act(self, progress: StageProgress, *, save: bool, stop: bool) -> None:
         due = self._interval.steps is not None and progress.step % self._interval.steps == 0
@@ -225,7 +235,7 @@ class Checkpointer:
 
     def _commit(self, step: int, files_of_ranks: list[dict[str, Any]]) -> dict[str, Any]:
         files = {name: record for files in files_of_ranks for name, record in files.items()}
-        record = {**self.record, **self._notes(), "chosen_values": dict(self.chosen_values)}
+        record = {**self.record, **self._notes(step), "chosen_values": dict(self.chosen_values)}
         commit(self._root, step, files=files, record=record)
         return {}
 

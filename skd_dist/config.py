@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import tyro
 
+from skd_dist.data.bad_samples import OnBad
 from skd_dist.data.images import Augment
 from skd_dist.data.imbalance import parse_imbalance
 from skd_dist.data.label_noise import parse_label_noise
@@ -29,7 +30,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
     ("teacher_ranks", "teacher_placement", "deepspeed_config", "micro_batch_size", "num_workers", "run_dir")
     + ("tracking_uri", "experiment", "resume", "prefetch", "network_interface", "toy", "dry_run", "name")
     + ("resume_or_start", "checkpoint_every", "grace", "stall_timeout", "teacher_timeout")
-    + ("index_dir", "cache_dir", "cache_gib")
+    + ("index_dir", "cache_dir", "cache_gib", "on_bad_sample", "max_bad_frac")
 )
 """Fields that say where and how a run is computed, not what: tags in MLflow, where parameters are written once."""
 
@@ -93,6 +94,14 @@ class RunConfig:
     """Local directory that keeps what was read of remote shards, for all runs of a node; default none."""
     cache_gib: float = 50.0
     """Bound of --cache-dir; what was used longest ago is removed."""
+    views_per_decode: int = 1
+    """Views of each decoded image, side by side in a batch. An epoch then has that many times the samples."""
+    shuffle_window: int = 0
+    """Shards among which samples are shuffled, so that reads stay near each other; 0: the whole set."""
+    on_bad_sample: OnBad = "error"
+    """What a sample that cannot be used does: error ends the run, quarantine leaves it out, counts and lists it."""
+    max_bad_frac: float = 0.01
+    """Share of a split's samples that --on-bad-sample quarantine may leave out, 0..1."""
     stage_duration: str = "10epochs"
     """Length of each feature stage, for example 50000samples, 200steps, 3epochs."""
     head_duration: str = "10epochs"
@@ -211,6 +220,12 @@ def batch_shape(config: RunConfig, *, num_students: int) -> BatchShape:
         raise UserError(f"--global-batch-size does not divide by {by}", got=total, expected=f"for example {nearest}")
     share = total // num_students
     size = micro or share
+    if size % config.views_per_decode:
+        raise UserError(
+            f"--views-per-decode {config.views_per_decode} does not divide the micro-batch",
+            got=f"{size} samples",
+            expected="all views of an image in one micro-batch",
+        )
     return BatchShape(
         global_batch_size=total, micro_batch_size=size, grad_accum_steps=share // size, num_students=num_students
     )
@@ -226,8 +241,12 @@ def check_config(config: RunConfig) -> None:
     _check_range("--image-size", config.image_size, low=1)
     _check_range("--prefetch", config.prefetch, low=0)
     _check_range("--num-workers", config.num_workers, low=0)
+    _check_range("--views-per-decode", config.views_per_decode, low=1)
+    _check_range("--shuffle-window", config.shuffle_window, low=0)
     if not (config.cache_gib >= _CACHE_GIB_MIN and math.isfinite(config.cache_gib)):
         raise UserError("--cache-gib cannot be used", got=config.cache_gib, expected=f"{_CACHE_GIB_MIN} or more")
+    if not 0 <= config.max_bad_frac <= 1:
+        raise UserError("--max-bad-frac cannot be used", got=config.max_bad_frac, expected="0 to 1")
     if not 0 < config.fraction <= 1:
         raise UserError("--fraction cannot be used", got=config.fraction, expected="more than 0 and at most 1")
     _check_validation(config)

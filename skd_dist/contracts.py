@@ -22,9 +22,21 @@ class Batch:
     labels: Tensor
     """int64 [N], 0..K-1."""
     valid: Tensor
-    """bool [N]; False marks padding that must not count."""
+    """bool [N]; False marks what must not count: padding, and what fills the slot of a bad sample."""
     keys: tuple[str, ...]
     """N sample keys, to name a sample in an error."""
+    bad: tuple[tuple[str, str, str], ...] = ()
+    """(shard, key, reason) of samples that could not be used: others are in their slots, with valid = False."""
+
+    def pin_memory(self) -> "Batch":
+        """The same in page-locked memory, from which a GPU can read by itself; what is there already stays."""
+        return Batch(
+            images=self.images.pin_memory(),
+            labels=self.labels.pin_memory(),
+            valid=self.valid.pin_memory(),
+            keys=self.keys,
+            bad=self.bad,
+        )
 
 
 Outputs = Mapping[str, Tensor]

@@ -13,6 +13,7 @@ from skd_dist.config import BatchShape, RunConfig, batch_shape, check_config
 from skd_dist.contracts import Method, PlanContext
 from skd_dist.data.digits import write_digits_shards
 from skd_dist.data.index import ShardIndex, load_index
+from skd_dist.data.order import Blocks, layout_digest
 from skd_dist.data.selection import Selection, select_samples
 from skd_dist.data.shard_pool import OnProgress
 from skd_dist.duration import parse_duration
@@ -54,6 +55,8 @@ class Splits:
     """Which samples with which labels are trained on, whatever the shards."""
     val_digest: str
     """Of the validation samples, likewise."""
+    layout_digest: str | None
+    """Which training sample is in which shard, where the order follows the shards."""
     selection: Selection
     """How the training samples, and those held out, were chosen."""
 
@@ -74,6 +77,11 @@ class Prepared:
     splits: Splits
     shape: BatchShape
     plan: StagePlan
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Every sample is decoded once in an epoch and gives all its views."""
+        return len(self.splits.train_ids) * self.config.views_per_decode
 
 
 def prepare_models(config: RunConfig) -> Models:
@@ -116,7 +124,14 @@ def open_split(
         UserError: as `load_index`; targets that are no classes, or labels beyond --num-classes.
     """
     place = str(digits_directory(config) / spec.removeprefix(DIGITS)) if spec.startswith(DIGITS) else spec
-    index = load_index(place, flag=flag, keep=keep_index, index_dir=config.index_dir, on_progress=on_progress)
+    index = load_index(
+        place,
+        flag=flag,
+        keep=keep_index,
+        index_dir=config.index_dir,
+        on_bad=config.on_bad_sample,
+        on_progress=on_progress,
+    )
     if index.kind != "class":
         raise UserError(
             f"{flag} has no class labels", got=f"targets of kind {index.kind}", expected="a .cls member each"
@@ -161,6 +176,7 @@ def prepare_splits(config: RunConfig, *, keep_index: bool, on_progress: OnProgre
         test=open_one(config.test_shards, flag="--test-shards") if config.test_shards else None,
         digest=chosen.digest,
         val_digest=val_digest,
+        layout_digest=layout_digest(Blocks(source.shard_id[chosen.ids], config.shuffle_window)),
         selection=chosen,
     )
 
@@ -202,5 +218,5 @@ def prepare_run(
     method = find_method(config.method)
     models = prepare_models(config)
     splits = prepare_splits(config, keep_index=keep_index, on_progress=on_progress)
-    plan = write_plan(config, models, method, samples_per_epoch=len(splits.train_ids))
+    plan = write_plan(config, models, method, samples_per_epoch=len(splits.train_ids) * config.views_per_decode)
     return Prepared(config=config, method=method, models=models, splits=splits, shape=shape, plan=plan)

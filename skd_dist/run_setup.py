@@ -22,9 +22,11 @@ from skd_dist.display import RunDisplay, waiting_bar
 from skd_dist.emergency import Emergency
 from skd_dist.engines import EngineSpec, load_deepspeed_config
 from skd_dist.errors import UserError
+from skd_dist.job.blackboard import Blackboard
 from skd_dist.job.consensus import agree, broadcast_text, gather_text
 from skd_dist.job.rendezvous import Job
 from skd_dist.prepare import Prepared, prepare_run, unpack_embedded_data
+from skd_dist.quarantine import Entry, Quarantine
 from skd_dist.resume_point import newest_sound, verify
 from skd_dist.run_lock import take_lock
 from skd_dist.run_record import SELECTION, open_run_directory
@@ -185,6 +187,31 @@ def engine_spec_of(config: RunConfig) -> EngineSpec:
         return EngineSpec(kind="torch")
     name = None if config.deepspeed_config == "auto" else config.deepspeed_config
     return EngineSpec(kind=kind, deepspeed=load_deepspeed_config(name, device_kind=device_kind()))
+
+
+def quarantine_of(
+    prepared: Prepared, *, board: Blackboard, tracker: RunTracker, notify: Callable[[str], None]
+) -> Quarantine:
+    """Where the students of a run agree on bad samples; what is found is tracked and said."""
+    splits = prepared.splits
+
+    def on_found(entries: Sequence[Entry], count: int) -> None:
+        tracker.log_bad_samples([entry._asdict() for entry in entries], count=count)
+        first = entries[0]
+        what = f"image {first.key}" if first.key else "the rest"
+        more = f" and {len(entries) - 1} more" if len(entries) > 1 else ""
+        notify(f"left out: {what} of shard {first.shard} ({first.reason}){more}; {count} bad samples in this run")
+
+    num_samples = {"train": len(splits.train_ids), "val": len(splits.eval_ids("val"))}
+    if splits.test is not None:
+        num_samples["test"] = splits.test.num_samples
+    return Quarantine(
+        prepared.config.run_dir,
+        board=board,
+        num_samples=num_samples,
+        max_frac=prepared.config.max_bad_frac,
+        on_found=on_found,
+    )
 
 
 def track_run(

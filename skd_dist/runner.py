@@ -38,6 +38,7 @@ from skd_dist.run_setup import (
     lock_directory,
     open_record,
     prepare_together,
+    quarantine_of,
     track_run,
 )
 from skd_dist.stage_side import StudentSide
@@ -192,6 +193,7 @@ def run_once(
                 resume_point=point,
                 board=job.role_board,
                 stop_asked=stop_asked,
+                quarantine=quarantine_of(prepared, board=job.role_board, tracker=tracker, notify=display.notice),
             )
         )
         guards.pulse.rest()

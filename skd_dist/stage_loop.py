@@ -45,6 +45,14 @@ class Interruptions(Protocol):
         """(save, stop): what this student wants after the step under way. One student's wish counts for all."""
         ...
 
+    def num_bad_samples(self) -> int:
+        """How many samples this student found to be bad, and the others have not heard of."""
+        ...
+
+    def settle_bad_samples(self) -> None:
+        """Agree on them. Called on all students, if any has found one."""
+        ...
+
     def act(self, progress: StageProgress, *, save: bool, stop: bool) -> None:
         """Do what was agreed. Called after every update, with equal arguments on all students."""
         ...
@@ -64,6 +72,11 @@ class NoInterruptions:
 
     def wishes(self) -> tuple[bool, bool]:
         return False, False
+
+    def num_bad_samples(self) -> int:
+        return 0
+
+    def settle_bad_samples(self) -> None: ...
 
     def act(self, progress: StageProgress, *, save: bool, stop: bool) -> None: ...
 
@@ -100,7 +113,7 @@ def run_stage(
         interruptions: saving and stopping.
 
     Raises:
-        UserError: the loss is not finite, or no teacher is left; no student has updated then.
+        UserError: the loss is not finite, no teacher is left, or too many samples are bad; no student has updated then.
     """
     stream = ask.stream(batches, stage.teacher_outputs)
     ask.stats()
@@ -131,14 +144,17 @@ def run_stage(
 
         # Before the update, so that no student moves on what another found to be broken. Wishes ride along for free.
         own = [float(sum(micro_losses)), len(micro_losses), grad_accum_steps, *map(float, interruptions.wishes())]
+        own.append(interruptions.num_bad_samples())
         agreed = sum_over_students(torch.tensor(own, dtype=torch.float64)).tolist()
-        loss_sum, num_answered, num_micro_steps, save, stop = agreed
+        loss_sum, num_answered, num_micro_steps, save, stop, num_bad_samples = agreed
         if num_answered < num_micro_steps:
             interruptions.give_up(progress)
         progress.window.merge(meter)
         progress.loss_trace.append(loss_sum / num_micro_steps)
         if not math.isfinite(progress.loss_trace[-1]):
             raise not_finite(stage, step, progress.loss_trace[-1], interruptions.share(" ".join(bad_keys(seen))))
+        if num_bad_samples > 0:
+            interruptions.settle_bad_samples()
         learning_rate = learning_rate_at(stage.optimizer, step=step, num_steps=stage.num_steps)
         engine.step(learning_rate)
         progress.step = step + 1
@@ -190,6 +206,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         labels=batch.labels.to(device, non_blocking=True),
         valid=batch.valid.to(device, non_blocking=True),
         keys=batch.keys,
+        bad=batch.bad,
     )
 
 

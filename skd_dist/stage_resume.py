@@ -86,11 +86,12 @@ def make_checkpointer(side: StudentSide, stage: StageSpec, engine: Engine, state
         interval=parse_interval(
             config.checkpoint_every,
             global_batch_size=config.global_batch_size,
-            samples_per_epoch=len(side.prepared.splits.train_ids),
+            samples_per_epoch=side.prepared.samples_per_epoch,
         ),
         record=point_record(side, stage, engine),
-        notes=lambda: {"mlflow": known_runs(config.run_dir)},
+        notes=lambda step: {"mlflow": known_runs(config.run_dir), "loader": loader_state(side, stage, step)},
         frozen={f"{MODEL_PREFIX}{name}": state[name] for name in state if name in parameters - trains},
+        quarantine=side.quarantine,
         stop_asked=side.stop_asked,
         no_teacher=lambda: side.ask.no_teacher,
         on_saved=lambda step, seconds: _note_saved(side, stage, step, seconds),
@@ -110,6 +111,7 @@ def begin(side: StudentSide, stage: StageSpec, checkpointer: Checkpointer) -> St
         return StageProgress()
     check_belongs(found.manifest, checkpointer.record, what=f"resume point {found.path}")
     notes = differences(found.manifest, checkpointer.record)
+    side.quarantine.adopt(found.manifest.get("loader", {}).get("excluded", []))
     for note in notes:
         side.display.notice(f"not bit for bit: {note}")
     if found.manifest["identity"]["num_students"] == side.prepared.shape.num_students:
@@ -149,6 +151,7 @@ def point_record(side: StudentSide, stage: StageSpec, engine: Engine) -> dict[st
         "identity": {
             "plan_digest": prepared.plan.digest(),
             "data_digest": prepared.splits.digest,
+            "layout_digest": prepared.splits.layout_digest,
             "teacher_digest": side.teacher_digest,
             "trainable_digest": hashlib.sha256("\n".join(trained).encode()).hexdigest(),
             "num_students": prepared.shape.num_students,
@@ -163,6 +166,26 @@ def point_record(side: StudentSide, stage: StageSpec, engine: Engine) -> dict[st
             "num_threads": torch.get_num_threads(),
             "teacher_dtype": side.teacher_dtype,
         },
+    }
+
+
+def loader_state(side: StudentSide, stage: StageSpec, step: int) -> dict[str, Any]:
+    """All that the loader goes on from, whatever the number of students and workers."""
+    config, splits = side.prepared.config, side.prepared.splits
+    position = step * config.global_batch_size
+    return {
+        "index_digest": splits.train.digest,
+        "selection_digest": splits.digest,
+        "fraction": config.fraction,
+        "seed": config.seed,
+        "stage": stage.index,
+        "position": position,
+        "epoch": position // side.prepared.samples_per_epoch,
+        "global_batch_size": config.global_batch_size,
+        "views_per_decode": config.views_per_decode,
+        "shuffle_window": config.shuffle_window,
+        "layout_digest": splits.layout_digest,
+        "excluded": side.quarantine.state(),
     }
 
 

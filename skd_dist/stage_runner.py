@@ -11,13 +11,17 @@ from contextlib import closing
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from skd_dist import __version__
 from skd_dist.checkpoint import write_stage_result
 from skd_dist.data.images import ImageTransform
+from skd_dist.data.index import ShardIndex
 from skd_dist.data.loader import Batches, ShardDataset, eval_batches, train_batches
+from skd_dist.data.range_cache import open_cache
 from skd_dist.engines import make_engine
 from skd_dist.evaluate import AfterBatch, evaluate_stage
 from skd_dist.models.create import weights_digest
@@ -71,7 +75,7 @@ def train_stage(side: StudentSide, stage: StageSpec, state: State) -> tuple[Stat
                 grad_accum_steps=shape.grad_accum_steps,
                 device=side.device,
                 report_every=max(1, stage.num_steps // REPORTS_PER_STAGE),
-                on_report=lambda step, values: _report(side, stage, step, values),
+                on_report=lambda step, values: _report(side, stage, step, {**values, **side.quarantine.metrics()}),
                 interruptions=checkpointer,
             )
         leave_if_needed()
@@ -111,7 +115,7 @@ def validate(side: StudentSide, stage: StageSpec, module_state: State, *, after_
     copy = stage_module(side, stage, student_part(module_state))
     copy.load_state_dict(module_state, strict=True)
     with closing(split_batches(side, "val")) as batches:
-        return evaluate_stage(
+        values = evaluate_stage(
             copy.to(side.device),
             stage=stage,
             method=side.prepared.method,
@@ -120,6 +124,8 @@ def validate(side: StudentSide, stage: StageSpec, module_state: State, *, after_
             device=side.device,
             after_batch=after_batch,
         )
+    side.quarantine.settle_if_needed()
+    return values
 
 
 def check_frozen(
@@ -144,12 +150,28 @@ def split_batches(side: StudentSide, split: str, *, limit: int | None = None) ->
     if limit is not None:
         ids = ids[torch.linspace(0, len(ids) - 1, min(limit, len(ids))).long().numpy()]
     transform = ImageTransform(image_size=config.image_size, augment=config.augment, train=False)
-    return eval_batches(
-        ShardDataset(index, ids, transform),
+    batches = eval_batches(
+        _dataset(side, split, index, ids, transform),
         batch_size=shape.micro_batch_size,
         student_rank=side.student_rank,
         num_students=shape.num_students,
         num_workers=config.num_workers,
+        pin_memory=side.device.type == "cuda",
+    )
+    return side.quarantine.watch(batches, split=split)
+
+
+def _dataset(
+    side: StudentSide, split: str, index: ShardIndex, ids: NDArray[np.int64], transform: ImageTransform
+) -> ShardDataset:
+    config = side.prepared.config
+    return ShardDataset(
+        index,
+        ids,
+        transform,
+        on_bad=config.on_bad_sample,
+        excluded=side.quarantine.excluded(split),
+        cache=open_cache(config.cache_dir, config.cache_gib),
     )
 
 
@@ -162,8 +184,8 @@ def _stops(stage: StageSpec, *, best: bool) -> list[int]:
 def _train_batches(side: StudentSide, stage: StageSpec, steps: range) -> Batches:
     config, shape, splits = side.prepared.config, side.prepared.shape, side.prepared.splits
     transform = ImageTransform(image_size=config.image_size, augment=config.augment, train=True)
-    return train_batches(
-        ShardDataset(splits.train, splits.train_ids, transform),
+    batches = train_batches(
+        _dataset(side, "train", splits.train, splits.train_ids, transform),
         seed=config.seed,
         stage_index=stage.index,
         start_step=steps.start,
@@ -173,7 +195,11 @@ def _train_batches(side: StudentSide, stage: StageSpec, steps: range) -> Batches
         student_rank=side.student_rank,
         num_students=shape.num_students,
         num_workers=config.num_workers,
+        views_per_decode=config.views_per_decode,
+        shuffle_window=config.shuffle_window,
+        pin_memory=side.device.type == "cuda",
     )
+    return side.quarantine.watch(batches, split="train")
 
 
 def _report(side: StudentSide, stage: StageSpec, step: int, values: Mapping[str, float]) -> None:

@@ -14,6 +14,7 @@ from skd_dist.job.blackboard import Blackboard
 from skd_dist.link.ask_ahead import AskAhead
 from skd_dist.plan import StageSpec
 from skd_dist.prepare import Prepared
+from skd_dist.quarantine import Quarantine
 from skd_dist.tracking.protocol import RunTracker
 
 State = dict[str, Tensor]
@@ -50,6 +51,8 @@ class StudentSide:
     board: Blackboard
     """Of the students."""
     stop_asked: Callable[[], bool]
+    quarantine: Quarantine
+    """Of this run."""
 
     @property
     def writes(self) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 from skd_dist.checkpoint import cannot_go_on_without, read_manifest, read_stage_result, write_tensors
 from skd_dist.checkpointer import Preempted
+from skd_dist.data.bad_samples import BadSample
 from skd_dist.errors import UserError
 from skd_dist.evaluate import evaluate_logits
 from skd_dist.meters import any_student
@@ -30,6 +31,7 @@ def run_student(side: StudentSide) -> dict[str, Any]:
     Returns:
         The run's part of summary.json that only students know.
     """
+    side.quarantine.begin(left_out(side))
     teacher_top1 = measure_teacher(side)
     state, stages = run_stages(side)
     write_student(side, state)
@@ -61,6 +63,7 @@ def measure_teacher(side: StudentSide) -> float | None:
             device=side.device,
             after_batch=partial(leave_if_asked, side, "the teacher was measured"),
         )["top1_frac"]
+    side.quarantine.settle_if_needed()
     count = min(TEACHER_SAMPLE, len(side.prepared.splits.eval_ids("val")))
     chance = 1 / config.num_classes
     # Two standard errors: a guessing teacher passes once in fifty times, a trained one never fails.
@@ -123,12 +126,21 @@ def measure_student(side: StudentSide, state: State, split: str) -> dict[str, fl
     model.load_state_dict(state, strict=True)
     model = model.eval().to(side.device)
     with closing(split_batches(side, split)) as batches:
-        return evaluate_logits(
+        measured = evaluate_logits(
             lambda batch, _: run_cut(cut, model, batch.images, taps=[], logits=True)[LOGITS],
             stream=side.ask.answers(batches, ()),
             device=side.device,
             after_batch=partial(leave_if_asked, side, f"the student was measured on {split}"),
         )
+    side.quarantine.settle_if_needed()
+    return measured
+
+
+def left_out(side: StudentSide) -> dict[str, tuple[BadSample, ...]]:
+    """What the indexes of the splits have left out already; a hold-out has none of its own."""
+    splits = side.prepared.splits
+    indexes = {"train": splits.train, "val": splits.val if splits.val_ids is None else None, "test": splits.test}
+    return {split: index.bad for split, index in indexes.items() if index is not None}
 
 
 def leave_if_asked(side: StudentSide, while_what: str) -> None:

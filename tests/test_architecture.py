@@ -20,7 +20,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 CONTRACTS = PYPROJECT["tool"]["importlinter"]["contracts"]
 
 FLOOR_0 = ("plan", "contracts", "duration", "roles", "errors", "fault_points", "lifeline")
-DOORS = ("timm", "webdataset", "fsspec", "deepspeed", "accelerate", "mlflow", "pyarrow", "datasets")
+DOORS = ("timm", "webdataset", "fsspec", "simplejpeg", "deepspeed", "accelerate", "mlflow", "pyarrow", "datasets")
 """Libraries that recipes and tools reach through the package only."""
 
 

@@ -19,6 +19,7 @@ from skd_dist.duration import Interval
 from skd_dist.errors import NoTeacherError, UserError
 from skd_dist.job.blackboard import Blackboard
 from skd_dist.progress import StageProgress
+from skd_dist.quarantine import Quarantine
 from skd_dist.resume_point import newest_sound
 
 CPU = torch.device("cpu")
@@ -57,15 +58,17 @@ class Student:
         self.engine = FakeEngine(rank)
         self.stop, self.saved, self.notices = False, list[int](), list[str]()
         self.no_teacher: NoTeacherError | None = None
+        board = Blackboard(store, rank=rank, world_size=2, timeout=timedelta(seconds=20))
         self.checkpointer = Checkpointer(
             root,
-            board=Blackboard(store, rank=rank, world_size=2, timeout=timedelta(seconds=20)),
+            board=board,
             engine=self.engine,
             device=CPU,
             interval=interval,
             record={"stage": {"name": "stem"}, "identity": {"seed": 0, "num_students": 2}},
-            notes=lambda: {"mlflow": {"parent_run_id": f"of student {rank}"}},
+            notes=lambda step: {"mlflow": {"parent_run_id": f"of student {rank}"}, "loader": {"position": 7 * step}},
             frozen={"model.frozen": torch.ones(1)},
+            quarantine=Quarantine(root, board=board, num_samples={}, max_frac=0, on_found=pytest.fail),
             stop_asked=lambda: self.stop,
             no_teacher=lambda: self.no_teacher,
             on_saved=lambda step, seconds: self.saved.append(step),
@@ -100,6 +103,7 @@ def test_what_both_saved_comes_back_to_both(tmp_path: Path) -> None:
     assert found is not None
     point, manifest = found
     assert manifest["mlflow"] == {"parent_run_id": "of student 0"}
+    assert manifest["loader"] == {"position": 7 * manifest["step"]}
     assert manifest["identity"] == {"seed": 0, "num_students": 2}
     assert sorted(manifest["files"]) == [
         "best.safetensors",

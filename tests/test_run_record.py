@@ -26,6 +26,8 @@ CHANGES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "fraction": (0.2, ("data_digest", "plan_digest", "fraction")),
     "teacher_dtype": ("bf16", ("teacher_dtype",)),
     "global_batch_size": (48, ("global_batch_size", "plan_digest")),
+    "views_per_decode": (2, ("views_per_decode", "plan_digest")),
+    "shuffle_window": (1, ("shuffle_window", "layout_digest")),
     "stage_duration": ("3steps", ("plan_digest",)),
     "head_duration": ("3steps", ("plan_digest",)),
     "lr": (0.5, ("plan_digest",)),

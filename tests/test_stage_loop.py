@@ -151,10 +151,18 @@ class Recorder:
     stop_after: int | None = None
     step: int = 0
     acts: list[tuple[int, bool, bool]] = field(default_factory=list)
+    bad_in: tuple[int, ...] = ()
+    settled: list[int] = field(default_factory=list)
 
     def wishes(self) -> tuple[bool, bool]:
         self.step += 1
         return self.step in self.save_after, self.step == self.stop_after
+
+    def num_bad_samples(self) -> int:
+        return 3 if self.step in self.bad_in else 0
+
+    def settle_bad_samples(self) -> None:
+        self.settled.append(self.step)
 
     def act(self, progress: StageProgress, *, save: bool, stop: bool) -> None:
         self.acts.append((progress.step, save, stop))
@@ -163,6 +171,12 @@ class Recorder:
 
     def share(self, text: str) -> list[str]:
         return [text, "from another student"]
+
+
+def test_bad_samples_are_settled_in_the_step_that_brings_them_and_in_no_other() -> None:
+    recorder = Recorder(bad_in=(2, 5))
+    Journey().train(interruptions=recorder)
+    assert recorder.settled == [2, 5] and len(recorder.acts) == 6
 
 
 def test_wishes_are_acted_on_after_the_update_of_their_step() -> None:

@@ -69,6 +69,7 @@ class Side:
         self.prepared = SimpleNamespace(
             config=SimpleNamespace(seed=3), shape=SimpleNamespace(num_students=num_students)
         )
+        self.quarantine = SimpleNamespace(adopt=lambda state: None)
         self.display = SimpleNamespace(notice=self.heard.append)
         self.tracker = SimpleNamespace(log_resumed=lambda **values: self.heard.append(values))
 

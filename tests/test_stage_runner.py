@@ -2,30 +2,37 @@
 
 import dataclasses
 import itertools
+import json
 import multiprocessing
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from skd_dist import stage_runner
 from skd_dist.checkpointer import Preempted
 from skd_dist.config import RunConfig
+from skd_dist.data.index import ShardIndex
+from skd_dist.data.order import TrainingOrder
 from skd_dist.display import RunDisplay
 from skd_dist.engines import EngineSpec
+from skd_dist.errors import UserError
 from skd_dist.job.blackboard import Blackboard
 from skd_dist.link.ask_ahead import AskAhead
 from skd_dist.link.inline import InlineLink
 from skd_dist.models.create import create_model
 from skd_dist.prepare import Prepared, prepare_run, unpack_embedded_data
 from skd_dist.resume_point import newest_sound
+from skd_dist.run_setup import quarantine_of
 from skd_dist.stage_runner import split_batches, train_stage
 from skd_dist.stage_side import FoundPoint, State, StudentSide
-from skd_dist.student_run import initial_state, measure_student, measure_teacher
+from skd_dist.student_run import initial_state, left_out, measure_student, measure_teacher
 from skd_dist.teacher import FrozenTeacher
 from skd_dist.tracking import Journal, read_events
 from skd_dist.tracking.journal_tracker import JournalTracker
@@ -99,20 +106,23 @@ def student(prepared: Prepared, run_dir: Path, stop_asked: Callable[[], bool] = 
     model = create_model(cut.name, num_classes=10, image_size=32, seed=1)
     teacher = FrozenTeacher(model, cut=cut, device=CPU, dtype=torch.float32)
     found = newest_sound(run_dir / "resume" / prepared.plan.stages[0].directory_name, notify=pytest.fail)
+    board = Blackboard(dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=20))
+    tracker = JournalTracker(Journal(run_dir / "journal.jsonl"), replica=NoReplica(), notify=pytest.fail)
     return StudentSide(
         prepared=prepared,
         student_rank=0,
         device=CPU,
         engine_spec=EngineSpec(kind="torch"),
         ask=AskAhead(InlineLink(teacher.answer), depth=2),
-        tracker=JournalTracker(Journal(run_dir / "journal.jsonl"), replica=NoReplica(), notify=pytest.fail),
+        tracker=tracker,
         display=RunDisplay(enabled=False),
         teacher_digest=None,
         teacher_dtype=None,
         num_done=0,
         resume_point=FoundPoint(stage_index=0, path=found[0], manifest=found[1]) if found else None,
-        board=Blackboard(dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=20)),
+        board=board,
         stop_asked=stop_asked,
+        quarantine=quarantine_of(prepared, board=board, tracker=tracker, notify=lambda text: None),
     )
 
 
@@ -234,3 +244,79 @@ def test_a_holdout_is_measured_with_the_labels_in_use(prepared: Prepared, tmp_pa
     limited = list(split_batches(side, "val", limit=30))
     assert sum(int(batch.valid.sum()) for batch in limited) == 30
     assert {key for batch in limited for key in batch.keys} < measured.keys()
+
+
+def with_bad_samples(prepared: Prepared, samples: list[int], *, max_bad_frac: float = 0.1) -> Prepared:
+    """The run with some training samples whose bytes have changed, and one of the validation split."""
+    config = dataclasses.replace(prepared.config, on_bad_sample="quarantine", max_bad_frac=max_bad_frac)
+    splits = prepared.splits
+    train, val = with_checksums(splits.train, samples), with_checksums(splits.val, [3])
+    return dataclasses.replace(prepared, config=config, splits=dataclasses.replace(splits, train=train, val=val))
+
+
+def with_checksums(index: ShardIndex, bad: list[int]) -> ShardIndex:
+    sums = index.image_checksum.copy()
+    sums[bad] ^= np.uint64(1)
+    return dataclasses.replace(index, image_checksum=sums)
+
+
+def seen_in_training(prepared: Prepared) -> list[int]:
+    """Samples of the first steps of the first stage."""
+    return prepared.splits.train_ids[TrainingOrder(126, seed=0, stage_index=0).rows(np.arange(72))].tolist()
+
+
+def test_bad_samples_are_left_out_counted_and_listed(prepared: Prepared, tmp_path: Path) -> None:
+    assert len(prepared.splits.train_ids) == 126
+    bad = [seen_in_training(prepared)[place] for place in (0, 30)]
+    side = student(with_bad_samples(prepared, bad), tmp_path)
+    side.quarantine.begin(left_out(side))
+    train_first_stage(side)
+    entries = [json.loads(line) for line in (tmp_path / "bad_samples.jsonl").read_text().splitlines()]
+    keys = [side.prepared.splits.train.key(sample) for sample in bad]
+    expected = [*[("train", key) for key in keys], ("val", side.prepared.splits.val.key(3))]
+    assert sorted((entry["split"], entry["key"]) for entry in entries) == sorted(expected)
+    events = [event for event, _ in read_events(tmp_path / "journal.jsonl")]
+    assert [event.data["count"] for event in events if event.kind == "bad_samples"][-1] == 3
+    counts = {key[1:]: value for key, value in metrics(tmp_path).items() if key[2] == "data/bad_samples"}
+    assert set(counts.values()) == {1.0, 3.0} and len(counts) >= 3
+
+
+def test_a_run_with_bad_samples_resumes_as_if_nothing_had_been(prepared: Prepared, tmp_path: Path) -> None:
+    broken = with_bad_samples(prepared, seen_in_training(prepared)[20:60:20])
+    side = student(broken, tmp_path / "whole")
+    side.quarantine.begin(left_out(side))
+    expected = train_first_stage(side)
+    for call in (1, CALLS_PER_STEP):
+        first = student(broken, tmp_path / "parts", at_call(call))
+        first.quarantine.begin(left_out(first))
+        with pytest.raises(Preempted):
+            train_first_stage(first)
+    (tmp_path / "parts" / "bad_samples.jsonl").unlink()  # the resume point alone must be enough
+    again = student(broken, tmp_path / "parts")
+    again.quarantine.begin(left_out(again))
+    assert again.resume_point is not None
+    loader = again.resume_point.manifest["loader"]
+    assert loader["position"] == again.resume_point.manifest["step"] * 24 == 48
+    assert sorted(entry[0] for entry in loader["excluded"]) == ["train", "train", "val"]
+    state = train_first_stage(again)
+    assert [name for name, value in expected.items() if not torch.equal(value, state[name])] == []
+
+
+def test_too_many_bad_samples_end_the_run_before_an_update(prepared: Prepared, tmp_path: Path) -> None:
+    broken = with_bad_samples(prepared, seen_in_training(prepared)[:2], max_bad_frac=0.01)
+    side = student(broken, tmp_path)
+    side.quarantine.begin(left_out(side))
+    with pytest.raises(UserError, match=r"^too many samples of the train split cannot be used; got 2 of 126 "):
+        train_first_stage(side)
+    assert not (tmp_path / "resume").exists()
+    kept = dataclasses.replace(broken, config=dataclasses.replace(broken.config, on_bad_sample="error"))
+    with pytest.raises(UserError, match=r"cannot be used; got its bytes are not those that were indexed"):
+        train_first_stage(student(kept, tmp_path / "error"))
+
+
+def test_several_views_of_a_sample_are_trained_on_side_by_side(prepared: Prepared, tmp_path: Path) -> None:
+    config = dataclasses.replace(prepared.config, views_per_decode=2, shuffle_window=1)
+    side = student(dataclasses.replace(prepared, config=config), tmp_path)
+    batches = list(stage_runner._train_batches(side, side.prepared.plan.stages[0], range(3)))
+    assert len(batches) == 3 and side.prepared.samples_per_epoch == 252
+    assert all(batch.keys[0::2] == batch.keys[1::2] and len(set(batch.keys)) == 12 for batch in batches)

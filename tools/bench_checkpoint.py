@@ -31,6 +31,7 @@ from skd_dist.models.cut import cut_model
 from skd_dist.models.matching import match_groups
 from skd_dist.plan import OptimizerSpec
 from skd_dist.progress import StageProgress
+from skd_dist.quarantine import Quarantine
 from skd_dist.resume_point import newest_sound
 from skd_dist.student import build_stage_module
 from skd_dist.tracking import Journal, NullTracker, RunTracker, TrackingStore, open_tracker
@@ -99,15 +100,17 @@ def step_once(engine: Engine, image_size: int) -> None:
 
 
 def make_checkpointer(folder: Path, engine: Engine, frozen: Mapping[str, torch.Tensor]) -> Checkpointer:
+    board = Blackboard(dist.HashStore(), rank=0, world_size=1, timeout=timedelta(minutes=1))
     return Checkpointer(
         folder,
-        board=Blackboard(dist.HashStore(), rank=0, world_size=1, timeout=timedelta(minutes=1)),
+        board=board,
         engine=engine,
         device=CPU,
         interval=Interval(seconds=DEFAULT_INTERVAL_S),
         record={"identity": {}, "machine": {}},
-        notes=dict,
+        notes=lambda step: {},
         frozen=frozen,
+        quarantine=Quarantine(folder, board=board, num_samples={}, max_frac=0, on_found=lambda entries, count: None),
         stop_asked=lambda: False,
         no_teacher=lambda: None,
         on_saved=lambda step, seconds: None,

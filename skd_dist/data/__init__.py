@@ -13,10 +13,11 @@
     key_list.py    a list that names them                        fraction.py     an exact, balanced, nested share
     imbalance.py   a long tail of class sizes                    label_noise.py  wrong labels on purpose
     order.py       (seed, stage, step, slot) -> which sample, in which epoch
-    reader.py      sample id -> bytes                            images.py       bytes -> augmented image
-    range_cache.py ranges of remote shards kept on a local disk
-    loader.py      all of it -> the stream of Batch of one student
-    stream.py      the same from shards without ranges           shard_stream.py one such shard
+    reader.py      sample id -> bytes                            range_cache.py  ranges of remote shards, kept here
+    decode.py      bytes -> pixels, in bounded memory            images.py       crops, resizing, augmentation
+    dataset.py     rows -> slots of a batch, or why not          bad_samples.py  what is said of those that fail
+    fetch.py       requests -> pixels, by workers                loader.py       the stream of Batch of one student
+    stream.py      batches from shards without ranges            shard_stream.py one such shard
     sources/       folder, zip, list, data set -> samples        digits.py       scikit-learn's digits -> shards
     pack.py        samples -> shards, by way of pack_plan.py (which goes where), pack_image.py (bytes), pack_workers.py
     seeds.py       every random number of the above              atomic.py       whole files or none

@@ -1,6 +1,10 @@
 """What is left out of a set, so that nothing is left out in silence."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+OnBad = Literal["error", "quarantine"]
+"""What a sample that cannot be used does: end the run, or be left out, counted and listed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,10 +17,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from skd_dist.data.bad_samples import BadSample
+from skd_dist.data.bad_samples import BadSample, OnBad
 from skd_dist.data.index_build import BuildOptions, IndexedShard, index_shards
 from skd_dist.data.pack_file import check_complete
-from skd_dist.data.scan import OnBad
 from skd_dist.data.shard_pool import OnProgress
 from skd_dist.data.shard_samples import SAMPLE_ARRAYS, Kind
 from skd_dist.data.shards import Location, list_shards

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from skd_dist.data.bad_samples import BadSample
+from skd_dist.data.bad_samples import BadSample, OnBad
 from skd_dist.data.index_file import StoredIndex, find_index, read_index, write_index
 from skd_dist.data.salvage import salvage
-from skd_dist.data.scan import OnBad, survey_shard
+from skd_dist.data.scan import survey_shard
 from skd_dist.data.shard_pool import OnProgress, map_shards
 from skd_dist.data.shard_samples import ShardSamples
 from skd_dist.data.shards import Location

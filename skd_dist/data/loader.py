@@ -1,96 +1,33 @@
 """The stream of micro-batches of one student.
 
-    order.py: (step, slot) -> row -> sample id -> bytes (pread) -> decode, augment -> Batch
+    order.py: (step, slot) -> visit -> row        dataset.py: row -> pixels, or why not
+    fetch.py: several micro-batches at a time, by workers          here: pixels, labels, keys -> Batch
 
 The order is computed in the training process; workers only read and decode what they are told. So a batch depends on
 neither the number of workers nor the number of students. Whoever leaves a stream before its end closes it: no worker
-outlives it then, whoever still holds it. Left out: pinned memory, a quarantine for bad samples.
+outlives it then, whoever still holds it.
 """
 
-import signal
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Generator, Iterable, Iterator
+from itertools import islice
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
 
 from skd_dist.contracts import Batch
-from skd_dist.data.images import ImageError, ImageTransform
-from skd_dist.data.index import ShardIndex
-from skd_dist.data.order import sample_ids_of_micro_batch
-from skd_dist.data.reader import ShardReader
-from skd_dist.data.seeds import derive_seed
-from skd_dist.errors import UserError
+from skd_dist.data.dataset import ShardDataset
+from skd_dist.data.fetch import Filled, fetch
+from skd_dist.data.order import Blocks, PlainOrder, TrainingOrder, VisitOrder, visits_of_micro_batch
+
+__all__ = ["Batches", "ShardDataset", "eval_batches", "train_batches"]
 
 Batches = Generator[Batch, None, None]
 """A stream of batches that can be closed."""
 
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What the loader asks a worker for: one sample."""
-
-    row: int
-    rng_seed: int = 0
-    valid: bool = True
-
-
-class ShardDataset(Dataset[Batch]):
-    """Some samples of an index, decoded on demand; picklable.
-
-    Args:
-        index: the whole set.
-        ids: int64 [n], sample ids; row r of the dataset is sample ids[r].
-        transform: bytes -> uint8 [3, H, W].
-    """
-
-    def __init__(self, index: ShardIndex, ids: NDArray[np.int64], transform: ImageTransform) -> None:
-        self._index = index
-        self._ids = ids
-        self._transform = transform
-        self._reader = ShardReader(index.shards)
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    def key(self, row: int) -> bytes:
-        """Key of the sample in a row, as its shard has it."""
-        return bytes(self._index.keys[self._ids[row]])
-
-    def __getitems__(self, requests: Sequence[Request]) -> Batch | UserError:
-        """Read and decode one micro-batch.
-
-        An error of the user is returned, not raised: torch would wrap a worker's exception into a page of traceback.
-        """
-        try:
-            images = [self._image(request) for request in requests]
-        except UserError as error:
-            return error
-        samples = self._ids[[request.row for request in requests]]
-        return Batch(
-            images=torch.stack(images),
-            labels=torch.from_numpy(self._index.labels[samples]),
-            valid=torch.tensor([request.valid for request in requests]),
-            keys=tuple(self._index.key(sample) for sample in samples.tolist()),
-        )
-
-    def _image(self, request: Request) -> torch.Tensor:
-        sample = int(self._ids[request.row])
-        shard_id = int(self._index.shard_id[sample])
-        data = self._reader.read(
-            shard_id, offset=int(self._index.image_offset[sample]), size=int(self._index.image_size[sample])
-        )
-        try:
-            return self._transform(data, rng_seed=request.rng_seed)
-        except ImageError as error:
-            raise UserError(
-                f"shard {self._index.shards[shard_id]}: image {self._index.key(sample)} cannot be decoded",
-                got=error,
-                expected="a sound JPEG, PNG or WebP image",
-            ) from error
+_SLOTS_PER_REQUEST = 256
+"""Smaller micro-batches are asked for several at a time: passing on a request costs as much as decoding some ten small
+images."""
 
 
 def train_batches(
@@ -105,6 +42,9 @@ def train_batches(
     num_students: int,
     num_workers: int,
     start_step: int = 0,
+    views_per_decode: int = 1,
+    shuffle_window: int = 0,
+    pin_memory: bool = False,
 ) -> Batches:
     """Training batches of one student for one stage.
 
@@ -117,48 +57,58 @@ def train_batches(
         stage_index: from 0.
         num_steps: steps of the stage.
         global_batch_size: a multiple of micro_batch_size * num_students.
-        micro_batch_size: samples per batch.
+        micro_batch_size: samples per batch, a multiple of views_per_decode.
         student_rank: 0 .. num_students - 1.
         num_students: ranks that train.
         num_workers: loader processes; 0 decodes in this process.
         start_step: the first step that is wanted; as cheap as any other.
+        views_per_decode: neighbouring slots that show the same sample, decoded once and augmented differently.
+        shuffle_window: shards among which samples are shuffled; 0: all.
+        pin_memory: whether tensors are to lie in page-locked memory, from which a GPU can read by itself.
 
     Returns:
-        (num_steps - start_step) * grad_accum_steps batches; taking one raises UserError where a shard or image cannot
-        be read.
+        (num_steps - start_step) * grad_accum_steps batches; taking one raises UserError where a shard cannot be read,
+        or a sample cannot be used and that is an error.
     """
     assert global_batch_size % (micro_batch_size * num_students) == 0, "batch sizes were checked with the configuration"
     grad_accum_steps = global_batch_size // (micro_batch_size * num_students)
-
-    def requests(step: int, micro_index: int) -> list[Request]:
-        draws = sample_ids_of_micro_batch(
+    blocks = Blocks(dataset.shard_of_row, shuffle_window) if shuffle_window else None
+    order = TrainingOrder(len(dataset), seed=seed, stage_index=stage_index, blocks=blocks)
+    visits = (
+        visits_of_micro_batch(
             step=step,
-            micro_index=micro_index,
+            micro_index=student_rank * grad_accum_steps + a,
             micro_batch_size=micro_batch_size,
             global_batch_size=global_batch_size,
-            num_samples=len(dataset),
-            seed=seed,
-            stage_index=stage_index,
+            views_per_decode=views_per_decode,
         )
-        return [
-            Request(draw.row, derive_seed("augment", seed, stage_index, draw.epoch, dataset.key(draw.row)))
-            for draw in draws
-        ]
-
-    first = student_rank * grad_accum_steps
-    return _load(
+        for step in range(start_step, num_steps)
+        for a in range(grad_accum_steps)
+    )
+    return _batches(
         dataset,
-        (requests(step, first + a) for step in range(start_step, num_steps) for a in range(grad_accum_steps)),
+        order,
+        visits,
+        views=views_per_decode,
+        batch_size=micro_batch_size,
         num_workers=num_workers,
+        pin_memory=pin_memory,
+        num_valid_visits=None,
     )
 
 
 def eval_batches(
-    dataset: ShardDataset, *, batch_size: int, student_rank: int, num_students: int, num_workers: int
+    dataset: ShardDataset,
+    *,
+    batch_size: int,
+    student_rank: int,
+    num_students: int,
+    num_workers: int,
+    pin_memory: bool = False,
 ) -> Batches:
     """Evaluation batches of one student: over all students every sample comes once with valid = True.
 
-    All batches are full and all students get equally many; what is left over repeats the last sample with
+    All batches are full and all students get equally many; what is left over repeats the first samples with
     valid = False.
 
     Args:
@@ -167,47 +117,76 @@ def eval_batches(
         student_rank: 0 .. num_students - 1.
         num_students: ranks that measure.
         num_workers: loader processes; 0 decodes in this process.
+        pin_memory: whether tensors are to lie in page-locked memory.
     """
     num_samples = len(dataset)
     stride = batch_size * num_students
-
-    def requests(start: int) -> list[Request]:
-        return [Request(min(row, num_samples - 1), valid=row < num_samples) for row in range(start, start + batch_size)]
-
     starts = range(student_rank * batch_size, -(-num_samples // stride) * stride, stride)
-    return _load(dataset, (requests(start) for start in starts), num_workers=num_workers)
-
-
-def _load(dataset: ShardDataset, requests: Iterator[list[Request]], *, num_workers: int) -> Batches:
-    loader = DataLoader(
+    return _batches(
         dataset,
-        batch_sampler=requests,
+        PlainOrder(num_samples),
+        (np.arange(start, start + batch_size, dtype=np.int64) for start in starts),
+        views=1,
+        batch_size=batch_size,
         num_workers=num_workers,
-        collate_fn=_as_it_is,
-        # Otherwise the loader draws a seed for its workers from torch's global random state, and changes it.
-        generator=torch.Generator(),
-        worker_init_fn=_leave_stopping_to_the_trainer,
+        pin_memory=pin_memory,
+        num_valid_visits=num_samples,
     )
-    # Workers (of one thread each, by torch's default) start here, before the first batch is due.
-    return _raise_errors(iter(loader))
 
 
-def _leave_stopping_to_the_trainer(worker: int) -> None:
-    """Clusters signal whole process groups; a worker that dies of it would take the step under way with it."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+def _batches(
+    dataset: ShardDataset,
+    order: VisitOrder,
+    visits: Iterator[NDArray[np.int64]],
+    *,
+    views: int,
+    batch_size: int,
+    num_workers: int,
+    pin_memory: bool,
+    num_valid_visits: int | None,
+) -> Batches:
+    per_request = max(1, _SLOTS_PER_REQUEST // batch_size) if num_workers else 1
+    filled = fetch(
+        dataset,
+        order,
+        _joined(visits, per_request),
+        visits_per_request=per_request * batch_size // views,
+        views_per_decode=views,
+        num_workers=num_workers,
+    )
+    return _cut(filled, dataset, views, batch_size, pin_memory, num_valid_visits)
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch
+def _joined(visits: Iterator[NDArray[np.int64]], count: int) -> Iterator[NDArray[np.int64]]:
+    """Always `count` neighbours as one, but for the last."""
+    while several := list(islice(visits, count)):
+        yield np.concatenate(several)
 
 
-def _raise_errors(batches: Iterator[Batch | UserError]) -> Batches:
-    for batch in batches:
-        if isinstance(batch, UserError):
-            try:
-                raise batch
-            finally:
-                # Else the error holds this frame and the frame the error, and with it the workers.
-                del batch, batches
-        yield batch
+def _cut(
+    answers: Iterable[Filled],
+    dataset: ShardDataset,
+    views: int,
+    batch_size: int,
+    pin_memory: bool,
+    num_valid_visits: int | None,
+) -> Batches:
+    """Batches out of what was fetched."""
+    for request, images, bad in answers:
+        visits, rows = request.visits, request.rows.copy()
+        valid = np.ones(len(visits), dtype=bool) if num_valid_visits is None else visits < num_valid_visits
+        for failed in bad:
+            rows[failed.place], valid[failed.place] = failed.row, False
+        labels, keys = dataset.labels(rows).repeat(views), dataset.keys(rows)
+        for first in range(0, len(images), batch_size):
+            mine = slice(first, first + batch_size)
+            those = slice(first // views, (first + batch_size) // views)
+            batch = Batch(
+                images=torch.from_numpy(images[mine]),
+                labels=torch.from_numpy(labels[mine]),
+                valid=torch.from_numpy(valid[those].repeat(views)),
+                keys=tuple(key for key in keys[those] for _ in range(views)) if views > 1 else keys[those],
+                bad=tuple((one.shard, one.key, one.reason) for one in bad if those.start <= one.place < those.stop),
+            )
+            yield batch.pin_memory() if pin_memory else batch
+        del images, batch  # what the consumer has dropped is free for the next request

@@ -8,7 +8,7 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -59,8 +59,10 @@ class ShardReader:
             return self._read_local(location, shard_id, offset, size)
         return self._read_remote(_rangeable(location), shard_id, offset, size)
 
-    def read_many(self, ranges: Sequence[tuple[int, int, int]]) -> list[bytes]:
-        """Read several ranges, those of URLs at the same time: else each waits for the store's answer to the last.
+    def read_many(self, ranges: Sequence[tuple[int, int, int]]) -> Iterator[bytes]:
+        """Read several ranges: of files one after another, when it is their turn; of URLs all at the same time.
+
+        Else each request would wait for the store's answer to the last.
 
         Args:
             ranges: (shard id, offset, size) each.
@@ -72,10 +74,10 @@ class ShardReader:
             UserError: as `read`, for the first range that fails.
         """
         if all(isinstance(self._shards[shard_id], Path) for shard_id, _, _ in ranges):
-            return [self.read(shard_id, offset=offset, size=size) for shard_id, offset, size in ranges]
+            return (self.read(shard_id, offset=offset, size=size) for shard_id, offset, size in ranges)
         # Threads of a moment: none would outlive a fork. The connections outlive them.
         with ThreadPoolExecutor(min(_NUM_REQUESTS, len(ranges))) as threads:
-            return list(threads.map(lambda place: self.read(place[0], offset=place[1], size=place[2]), ranges))
+            return iter(list(threads.map(lambda place: self.read(place[0], offset=place[1], size=place[2]), ranges)))
 
     def forget(self, shard_id: int, *, offset: int, size: int) -> bool:
         """Throw away what the cache keeps of a range, because its content is wrong.

@@ -12,19 +12,17 @@ are kept and the others reported: a sample is kept only if all its members were 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import BinaryIO, Literal
+from typing import BinaryIO
 
 import numpy as np
 
-from skd_dist.data.bad_samples import BadSample
+from skd_dist.data.bad_samples import BadSample, OnBad
 from skd_dist.data.checksum import checksum
 from skd_dist.data.shard_file import open_shard
 from skd_dist.data.shard_samples import SAMPLE_ARRAYS, Kind, ShardSamples
 from skd_dist.data.shards import Location
 from skd_dist.data.tar_stream import Member, TarDamageError, TarStream
 from skd_dist.errors import UserError
-
-OnBad = Literal["error", "quarantine"]
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 """Image formats that are decoded."""

@@ -34,6 +34,7 @@ Kind = Literal[
     "resumed",
     "teacher_lost",
     "teacher_back",
+    "bad_samples",
     "run_ended",
 ]
 

@@ -7,15 +7,15 @@ equal values prove that nothing was lost, and a difference is an event of its ow
 import json
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
 from skd_dist.tracking.journal import Event, Journal, Kind, number
 from skd_dist.tracking.protocol import DatasetNote, Published, TeacherEvent
 
-TIMING = "perf/"
-"""Metrics that measure the machine: not compared."""
+NOT_COMPARED = ("perf/", "data/")
+"""Metrics of the machine, and of what all attempts have found: another attempt need not have the same."""
 
 _Place = tuple[str | None, int]
 """(stage or None for the run, step)."""
@@ -126,6 +126,9 @@ class JournalTracker:
     def log_teacher(self, what: TeacherEvent, data: Mapping[str, object]) -> None:
         self._record(what, **data)
 
+    def log_bad_samples(self, entries: Sequence[Mapping[str, str]], *, count: int) -> None:
+        self._say_once("bad_samples", entries=[dict(entry) for entry in entries], count=count)
+
     def summary(self) -> dict[str, object]:
         """The `mlflow` part of summary.json; waits a few seconds for the replica."""
         self._replica.flush(timeout_s=_FLUSH_S)
@@ -158,7 +161,7 @@ class JournalTracker:
         differing = {
             name: {"was": known[name], "is": value}
             for name, value in values.items()
-            if not name.startswith(TIMING) and not _same(known[name], value, self._rel_tol)
+            if not name.startswith(NOT_COMPARED) and not _same(known[name], value, self._rel_tol)
         }
         if not differing:
             return

@@ -131,6 +131,8 @@ class MlflowWriter:
                 write_tags(
                     self._client, self._parent.run_id, {"skd.teacher_lost": f"rank {data['rank']}: {data['how']}"}
                 )
+            case "bad_samples":
+                write_tags(self._client, self._parent.run_id, {"skd.bad_samples": data["count"]})
             case "run_ended":
                 self._stop_system_metrics()
                 self._stop_system_metrics = _nothing

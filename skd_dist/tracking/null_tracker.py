@@ -1,6 +1,6 @@
 """A tracker that writes nothing: for every rank but one."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from skd_dist.tracking.protocol import DatasetNote, Published, TeacherEvent
 
@@ -29,6 +29,8 @@ class NullTracker:
     def log_resumed(self, *, stage: str, step: int, rel_tol: float) -> None: ...
 
     def log_teacher(self, what: TeacherEvent, data: Mapping[str, object]) -> None: ...
+
+    def log_bad_samples(self, entries: Sequence[Mapping[str, str]], *, count: int) -> None: ...
 
     def summary(self) -> dict[str, object]:
         return {"tracking_uri": None, "parent_run_id": None, "child_run_ids": {}}

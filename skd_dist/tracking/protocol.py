@@ -3,7 +3,7 @@
 Every method returns soon and never raises for a broken store.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -62,6 +62,10 @@ class RunTracker(Tracker, Protocol):
 
     def log_teacher(self, what: TeacherEvent, data: Mapping[str, object]) -> None:
         """A teacher rank has lost its model, or has it again. From any thread."""
+        ...
+
+    def log_bad_samples(self, entries: Sequence[Mapping[str, str]], *, count: int) -> None:
+        """Samples that cannot be used: those found now, and how many there are in all."""
         ...
 
     def summary(self) -> dict[str, object]:

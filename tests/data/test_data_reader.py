@@ -89,16 +89,16 @@ def test_local_and_remote_shards_beside_each_other(shards: tuple[Path, ...], ser
     wanted = [(shard_id, offset, size) for shard_id in range(5) for offset in (0, 4) for size in (0, 1, 6)]
     content = [(b"%d-abcdefgh" % shard_id)[offset : offset + size] for shard_id, offset, size in wanted]
     assert [reader.read(shard_id, offset=offset, size=size) for shard_id, offset, size in wanted] == content
-    assert reader.read_many(wanted) == content
+    assert list(reader.read_many(wanted)) == content
     assert len(server.gets) == 2 * 3 * 4  # nothing is asked for where nothing is wanted
-    assert reader.read_many([]) == []
+    assert list(reader.read_many([])) == []
     assert not reader.forget(0, offset=0, size=1)
 
 
 def test_errors_of_several_ranges(shards: tuple[Path, ...], server: FaultyHttpServer) -> None:
     reader = ShardReader((ShardUrl(server.url("0.tar")), ShardUrl(server.url("none.tar"))))
     with pytest.raises(UserError, match=f"^shard {server.url('none.tar')}: 2 bytes at 3 cannot be read; got FileNotF"):
-        reader.read_many([(0, 0, 5), (1, 3, 2), (0, 5, 5)])
+        list(reader.read_many([(0, 0, 5), (1, 3, 2), (0, 5, 5)]))
 
 
 def test_the_cache_saves_requests(tmp_path: Path, server: FaultyHttpServer) -> None:
@@ -107,7 +107,7 @@ def test_the_cache_saves_requests(tmp_path: Path, server: FaultyHttpServer) -> N
     for process in range(2):  # the second finds what the first has kept
         reader = pickle.loads(pickle.dumps(ShardReader(locations, cache)))
         for _ in range(3):
-            assert reader.read_many([(0, 2, 3), (1, 0, 4)]) == [b"abc", b"1-ab"]
+            assert list(reader.read_many([(0, 2, 3), (1, 0, 4)])) == [b"abc", b"1-ab"]
         assert len(server.gets) == 2, process
     server.etag = "2"  # other content under the same URL
     assert ShardReader(locations, cache).read(0, offset=2, size=3) == b"abc"

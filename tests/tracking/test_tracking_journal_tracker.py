@@ -145,3 +145,17 @@ def test_every_call_is_taken(tmp_path: Path) -> None:
     assert tracker.summary() == {"tracking_uri": "here"}
     tracker.end("FINISHED")
     assert kinds(tmp_path) == ["tags", "dataset", "artifact", "run_ended"]
+
+
+def test_bad_samples_are_said_once_and_their_count_is_not_compared(tmp_path: Path) -> None:
+    """Another attempt knows from its start what the one before found on the way."""
+    entry = {"split": "train", "shard": "s.tar", "key": "a", "reason": "is broken"}
+    notices: list[str] = []
+    for count in (1, 1, 2):
+        tracker = attempt(tmp_path, notices)
+        tracker.start_child("stem", {"num_steps": 4})
+        tracker.log_bad_samples([entry], count=count)
+        tracker.log_metrics({"data/bad_samples": float(count)}, step=2, child=True)
+        tracker.end("KILLED")
+    assert kinds(tmp_path).count("bad_samples") == 2 and "differs" not in kinds(tmp_path)
+    assert metrics(tmp_path) == [("stem", 2, {"data/bad_samples": 1.0})] and notices == []

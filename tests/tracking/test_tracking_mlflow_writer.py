@@ -269,3 +269,15 @@ def test_an_experiment_in_the_trash_is_refused(store: TrackingStore, make_writer
     client_of(store).delete_experiment(experiment.experiment_id)
     with pytest.raises(UserError, match="MLflow experiment was deleted; got digits; restore it"):
         make_writer()
+
+
+def test_bad_samples_are_a_count_on_the_run(store: TrackingStore, make_writer: MakeWriter) -> None:
+    entry = {"split": "train", "shard": "s.tar", "key": "a", "reason": "is broken"}
+    found: list[tuple[Kind, dict[str, Any]]] = [
+        ("bad_samples", {"entries": [entry], "count": 1}),
+        ("bad_samples", {"entries": [entry], "count": 4}),
+    ]
+    writer = make_writer()
+    writer.apply(events([*HISTORY, *found]))
+    assert parent_of(store, writer).data.tags["skd.bad_samples"] == "4"
+    writer.close()
