@@ -55,7 +55,7 @@ class DataBench:
     workers: int = 0
     """Cores, and loader processes of each way; 0: all cores there are."""
     index_samples: int = 1_281_167
-    """Of the synthetic set whose joined index is weighed; default: ImageNet's."""
+    """Of the synthetic set whose joined index is weighed, rounded up to thousands; default: ImageNet's."""
     folder: Path | None = None
     """Where shards and files are written, and removed at the end; default the temporary folder."""
     out: Path | None = None
@@ -164,8 +164,9 @@ def _compare_decoders(bench: DataBench, images: ImageSet, cores: Sequence[int]) 
 
 def _memory_line(found: Mapping[str, float]) -> str:
     return (
-        f"index of {found['samples']:,} samples: {found['kept_mib']:.0f} MiB, at its peak {found['peak_mib']:.0f} MiB "
-        f"(aim {MEMORY_AIM_MIB:.0f}), read in {found['load_s']:.1f} s"
+        f"index of {found['samples']:,} samples: arrays of {found['arrays_mib']:.0f} MiB, "
+        f"{found['kept_mib']:.0f} MiB resident, at its peak {found['peak_mib']:.0f} MiB (aim {MEMORY_AIM_MIB:.0f}), "
+        f"read in {found['load_s']:.1f} s"
     )
 
 

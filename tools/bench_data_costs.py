@@ -1,9 +1,13 @@
 """What the loader of skd_dist reads, remembers and waits for: further measurements of `tools/bench.py data`."""
 
 import gc
+import io
 import multiprocessing
 import os
+import shutil
 import statistics
+import tarfile
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,9 +19,7 @@ from bench_data_sets import ImageSet
 from bench_data_ways import Chosen, choose, open_ours
 
 from skd_dist.data.index import load_index
-from skd_dist.data.index_file import write_index
 from skd_dist.data.loader import ShardDataset
-from skd_dist.data.scan import ShardSamples
 
 FRACTIONS = (0.01, 0.05, 0.1, 0.5, 1.0)
 _FLAG = "--train-shards"
@@ -43,7 +45,8 @@ def bytes_read(images: ImageSet, *, batch_size: int) -> dict[float, float]:
             for batch in open_ours(dataset, batch_size=size, num_workers=0, num_steps=num_steps):
                 if counted:
                     used += _size_of(chosen, batch.keys)
-            read = _read_so_far() - before
+            after = _read_so_far()
+            read = after - before - (_read_so_far() - after)  # without what asking takes
         assert read >= used, "something was read that the system did not count, as mapped files are not"
         ratios[fraction] = read / used
     return ratios
@@ -117,9 +120,13 @@ def first_batch_s(images: ImageSet, *, batch_size: int, num_workers: int, rounds
 
 
 def index_memory(folder: Path, *, num_samples: int, samples_per_shard: int = 1000) -> dict[str, float]:
-    """MiB that reading and joining the indexes of a synthetic set takes at its peak, and what is kept of it."""
+    """MiB that reading and joining the indexes of a synthetic set takes at its peak, and what is kept of it.
+
+    The number of samples is rounded up to whole shards.
+    """
     folder.mkdir()
-    _write_synthetic(folder, num_samples, samples_per_shard)
+    num_shards = -(-num_samples // samples_per_shard)
+    _write_synthetic(folder, num_shards, samples_per_shard)
     context = multiprocessing.get_context("spawn")
     result, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_load_and_weigh, args=(str(folder), theirs))
@@ -127,32 +134,36 @@ def index_memory(folder: Path, *, num_samples: int, samples_per_shard: int = 100
     theirs.close()
     found: dict[str, float] = result.recv()
     process.join()
-    assert found["samples"] == num_samples
+    assert found["samples"] == num_shards * samples_per_shard
     return found
 
 
-def _write_synthetic(folder: Path, num_samples: int, samples_per_shard: int) -> None:
-    """Shards that are holes, with indexes as those of ImageNet: names of 25 characters, 1,000 classes."""
-    dice = np.random.default_rng(0)
-    numbers = dice.permutation(num_samples)
-    for first in range(0, num_samples, samples_per_shard):
-        mine = numbers[first : first + samples_per_shard]
-        at = np.arange(len(mine), dtype=np.int64) * 4 * 512
-        shard = folder / f"{first // samples_per_shard:06d}.tar"
-        with shard.open("wb") as file:
-            file.truncate(int(at[-1]) + 4 * 512)
-        write_index(shard, _synthetic_samples(mine, at))
+def _write_synthetic(folder: Path, num_shards: int, samples_per_shard: int) -> None:
+    """One small shard and its index, again and again, with keys as ImageNet's in each: 25 characters, 1,000 classes."""
+    with tempfile.TemporaryDirectory() as name:
+        shard = _write_one(Path(name), samples_per_shard)
+        load_index(name, flag=_FLAG)  # which makes the index, and keeps it
+        (index,) = [path for path in shard.parent.iterdir() if path != shard]
+        with np.load(index, allow_pickle=False) as found:
+            arrays = dict(found)
+        numbers = np.random.default_rng(0).permutation(num_shards * samples_per_shard).reshape(num_shards, -1)
+        for place, mine in enumerate(numbers.tolist()):
+            keys = [f"n{number % 1000:08d}_{number:015d}".encode() for number in mine]
+            shutil.copy(shard, folder / f"{place:06d}.tar")
+            with (folder / index.name.replace(shard.stem, f"{place:06d}")).open("wb") as file:
+                np.savez_compressed(file, **(arrays | {"keys": np.array(keys)}))
 
 
-def _synthetic_samples(numbers: np.ndarray, at: np.ndarray) -> ShardSamples:
-    keys = [f"n{number % 1000:08d}_n{number % 1000:08d}_{number:05d}".encode() for number in numbers.tolist()]
-    return ShardSamples(
-        keys=np.array(keys, dtype=np.bytes_),
-        labels=numbers.astype(np.int64) % 1000,
-        image_offset=at + 512,
-        image_size=np.full(len(at), 400, dtype=np.int64),
-        label_offset=at + 3 * 512,
-    )
+def _write_one(folder: Path, num_samples: int) -> Path:
+    """A shard of samples that nobody will decode."""
+    shard = folder / "template.tar"
+    with tarfile.open(shard, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for number in range(num_samples):
+            for extension, payload in (("cls", b"%d" % (number % 1000)), ("jpg", b"%d" % number)):
+                info = tarfile.TarInfo(f"{number:07d}.{extension}")
+                info.size = len(payload)
+                tar.addfile(info, io.BytesIO(payload))
+    return shard
 
 
 def _load_and_weigh(folder: str, result: Connection) -> None:
@@ -169,6 +180,7 @@ def _load_and_weigh(folder: str, result: Connection) -> None:
             "samples": index.num_samples,
             "peak_mib": peak - before,
             "kept_mib": _resident_mib("VmRSS") - before,
+            "arrays_mib": sum(value.nbytes for value in vars(index).values() if isinstance(value, np.ndarray)) / 2**20,
             "load_s": seconds,
         }
     )
