@@ -2,6 +2,7 @@
 
     python tools/bench.py stage [--image-sizes 224 64] [--rounds 5]
     python tools/bench.py checkpoint [--folder DISK]
+    python tools/bench.py data --data ZIPS [--sets cifar10 imagenette] [--parts ways bytes]
 
 `stage`: images/s of every stage of a pair of networks in four ways:
 
@@ -35,6 +36,8 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent))  # as a script it is there already, imported it is not
 
 from bench_checkpoint import CheckpointBench, measure
+from bench_data import DataBench
+from bench_data import measure as measure_data
 
 from skd_dist.contracts import Batch, Engine, Outputs, PlanContext, TeacherLink
 from skd_dist.engines import EngineSpec, make_engine
@@ -378,5 +381,10 @@ def checkpoint(bench: tyro.conf.OmitArgPrefixes[CheckpointBench]) -> None:
     measure(bench)
 
 
+def data(bench: tyro.conf.OmitArgPrefixes[DataBench]) -> None:
+    """Images/s of four ways of loading, bytes read, index, time to the first batch, decoders."""
+    measure_data(bench)
+
+
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict({"stage": stage, "checkpoint": checkpoint})
+    tyro.extras.subcommand_cli_from_dict({"stage": stage, "checkpoint": checkpoint, "data": data})
