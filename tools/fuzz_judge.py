@@ -1,7 +1,8 @@
 """What became of the samples of a mutated shard: read it as training does, and compare with what was packed.
 
-The mutated shard is read twice: with the index that was made before the mutation, and as a stranger's shard without
-one. Runs in a process of its own, which may crash, hang or ask for too much memory; `tools/fuzz_shards.py` watches it.
+The mutated shard is read with the index that was made before the mutation, once so that anything bad is an error and
+once so that it is left out, and as a stranger's shard without an index. Runs in a process of its own, which may crash,
+hang or ask for too much memory; `tools/fuzz_shards.py` watches it.
 """
 
 import hashlib
@@ -26,10 +27,11 @@ from PIL import Image, ImageDraw
 from skd_dist.data.images import ImageError, ImageTransform
 from skd_dist.data.index import load_index
 from skd_dist.data.loader import ShardDataset, train_batches
+from skd_dist.data.scan import OnBad
 from skd_dist.errors import UserError
 
 KINDS = (*DAMAGES, *FORGERIES)
-READINGS = ("indexed", "fresh")
+READINGS = ("indexed", "quarantine", "fresh")
 IMAGE_SIZE = 48
 MEMORY_MIB = 512
 """That one sample may need beyond what the process holds when it starts; more is a failure."""
@@ -40,6 +42,15 @@ _FLAG = "--train-shards"
 
 Samples = Mapping[str, tuple[int, str]]
 """Key -> label and digest of the pixels."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What came out of a set."""
+
+    samples: Samples
+    left_out: frozenset[tuple[str, str]]
+    """Shard and key of what was named as bad; the key is empty where the rest of a shard is meant."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +94,9 @@ class Judge:
         self._folders = {reading: folder / reading for reading in READINGS}
         for place in self._folders.values():
             place.mkdir()
-        _write(self._folders["indexed"], self._sound)
-        self._packed = read_samples(self._folders["indexed"])  # which makes the index, and keeps it there
+        for reading in ("indexed", "quarantine"):
+            _write(self._folders[reading], self._sound)
+            self._packed = read_samples(self._folders[reading]).samples  # which makes the index, and keeps it there
         assert len(self._packed) == len(set(self._packed.values())) == len(self._sound) * _SAMPLES_PER_SHARD
 
     def judge(self, number: int, reading: str) -> Verdict:
@@ -92,7 +104,8 @@ class Judge:
         name, data = mutate(number, seed=self._seed, sound=self._sound)
         _write(self._folders[reading], self._sound | {name: data})
         try:
-            found = read_samples(self._folders[reading], keep_index=False)
+            on_bad: OnBad = "quarantine" if reading == "quarantine" else "error"
+            found = read_samples(self._folders[reading], keep_index=False, on_bad=on_bad)
         except UserError as error:
             return Verdict("noticed", error.line)
         except MemoryError:
@@ -101,7 +114,21 @@ class Judge:
         except Exception as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
             return Verdict("FAILED", f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})")
-        return self._compare(found, reading=reading, shard=name, data=data, kind=kind_of(number))
+        if reading == "quarantine":
+            return self._compare_rest(found, shard=name)
+        return self._compare(found.samples, reading=reading, shard=name, data=data, kind=kind_of(number))
+
+    def _compare_rest(self, found: Found, *, shard: str) -> Verdict:
+        """What was not left out is what was packed, and all that was left out is named."""
+        wrong = [key for key, sample in found.samples.items() if self._packed.get(key) != sample]
+        if wrong:
+            return Verdict("FAILED", f"not what was indexed, and nothing said: {wrong[0]}")
+        whole = str(self._folders["quarantine"] / shard)
+        missing = sorted(self._packed.keys() - found.samples.keys())
+        silent = [key for key in missing if not found.left_out & {(whole, key), (whole, "")}]
+        if silent:
+            return Verdict("FAILED", f"left out, and not named: {silent[0]}")
+        return Verdict("noticed", ", ".join(missing)) if missing else Verdict("harmless")
 
     def _compare(self, found: Samples, *, reading: str, shard: str, data: bytes, kind: str) -> Verdict:
         if found == self._packed:
@@ -121,15 +148,15 @@ class Judge:
         return Verdict("undetectable", wrong[0])
 
 
-def read_samples(folder: Path, *, keep_index: bool = True) -> Samples:
+def read_samples(folder: Path, *, keep_index: bool = True, on_bad: OnBad = "error") -> Found:
     """All samples of a set by the way of training: index, dataset, loader.
 
     Raises:
         UserError: something was noticed.
     """
-    index = load_index(str(folder), flag=_FLAG, keep=keep_index)
+    index = load_index(str(folder), flag=_FLAG, keep=keep_index, on_bad=on_bad)
     batches = train_batches(
-        ShardDataset(index, np.arange(index.num_samples), _TRANSFORM),
+        ShardDataset(index, np.arange(index.num_samples), _TRANSFORM, on_bad=on_bad),
         seed=0,
         stage_index=0,
         num_steps=index.num_samples,
@@ -139,7 +166,13 @@ def read_samples(folder: Path, *, keep_index: bool = True) -> Samples:
         num_students=1,
         num_workers=0,
     )
-    return {batch.keys[0]: (int(batch.labels[0]), _digest(batch.images[0])) for batch in batches}
+    samples: dict[str, tuple[int, str]] = {}
+    left_out = {(bad.shard, bad.key) for bad in index.bad}
+    for batch in batches:
+        left_out |= {(bad[0], bad[1]) for bad in batch.bad}
+        if batch.valid[0]:
+            samples[batch.keys[0]] = (int(batch.labels[0]), _digest(batch.images[0]))
+    return Found(samples, frozenset(left_out))
 
 
 def read_by_hand(shard: bytes) -> dict[str, tuple[int, str]]:

@@ -5,10 +5,11 @@
 
 A mutation changes the bytes of one small shard: damage (bits, zeros, cuts, insertions, tables of a JPEG) or forgery
 (headers with right checksums, names outside, links, absurd sizes, bombs, payloads that changed places). The shard is
-then read by the way of training, with the index made before, and again as a stranger's without an index. Verdicts:
+then read by the way of training: with the index made before, with that index and quarantine, and as a stranger's
+without an index. Verdicts:
 
     harmless      the samples are exactly those that were packed, every pixel
-    noticed       an error in one line, or quarantine
+    noticed       an error in one line; with quarantine: what is left is exactly as packed, and the rest is named
     undetectable  without index only: what the shard itself now says, and nothing in it says otherwise
     FAILED        a crash, a hang, too much memory; samples that are not what was indexed; without index, an image with
                   the label of another, or a sample that is still whole in the damaged shard and was passed over
@@ -136,7 +137,8 @@ def failures(record: Mapping[str, Any]) -> list[str]:
 def table(records: Sequence[Record]) -> str:
     """How often each kind of mutation came out how, in each reading."""
     counts = Counter((record["kind"], reading, record[reading][0]) for record in records for reading in READINGS)
-    lines = [f"{'':<22}{READINGS[0]:<52}{READINGS[1]}", " " * 22 + "".join(f"{name:<13}" for name in OUTCOMES * 2)]
+    lines = [" " * 22 + "".join(f"{name:<52}" for name in READINGS).rstrip()]
+    lines += [" " * 22 + "".join(f"{name:<13}" for name in OUTCOMES * len(READINGS))]
     sums = {"damage": tuple(DAMAGES), "forgery": tuple(FORGERIES), "all": KINDS}
     for name, kinds in ({kind: (kind,) for kind in KINDS} | sums).items():
         cells = [sum(counts[kind, reading, outcome] for kind in kinds) for reading in READINGS for outcome in OUTCOMES]

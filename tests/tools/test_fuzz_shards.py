@@ -12,7 +12,7 @@ from tools.fuzz_shards import Fuzz, Watched, main
 
 # Imported by its program, as the programs in tools/ import each other.
 import fuzz_judge  # isort: skip
-from fuzz_judge import KINDS, READINGS, Judge, kind_of, mutate, sound_shards  # isort: skip
+from fuzz_judge import KINDS, READINGS, Found, Judge, kind_of, mutate, sound_shards  # isort: skip
 
 NUM_MUTATIONS = 5 * len(KINDS)
 
@@ -26,7 +26,7 @@ def test_short_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for reading in READINGS:
         outcomes = {record[reading][0] for record in records}
         assert outcomes >= {"harmless", "noticed"}, "a fuzz run in which nothing was ever noticed proves nothing"
-    assert all(record["indexed"][0] != "undetectable" for record in records)
+    assert all(record[name][0] != "undetectable" for record in records for name in ("indexed", "quarantine"))
 
 
 def test_it_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,11 +79,11 @@ def test_the_judge_sees_what_is_wrong(
     number = next(
         n for n in range(10**4) if kind_of(n) == "cut" and mutate(n, seed=0, sound=sound_shards())[0] == "b.tar"
     )
-    sound = fuzz_judge.read_samples(tmp_path / "indexed")
+    sound = fuzz_judge.read_samples(tmp_path / "indexed").samples
     # The shard is what was packed; only what is read from it is not.
     monkeypatch.setattr(fuzz_judge, "mutate", lambda number, *, seed, sound: ("b.tar", sound["b.tar"]))
     assert judge.judge(number, reading).outcome == "harmless"
-    monkeypatch.setattr(fuzz_judge, "read_samples", lambda *_, **__: spoil(dict(sound)))
+    monkeypatch.setattr(fuzz_judge, "read_samples", lambda *_, **__: Found(spoil(dict(sound)), frozenset()))
     verdict = judge.judge(number, reading)
     assert verdict.outcome == "FAILED" and why in verdict.why
 
