@@ -194,7 +194,7 @@ def _tell_unsaved(parts: Sequence[IndexedShard], flag: str) -> None:
 
 
 def _tell_ignored(parts: Sequence[IndexedShard], flag: str) -> None:
-    ignored = sorted({extension for part in parts for extension in part.samples.ignored})
+    ignored = sorted({extension or "(none)" for part in parts for extension in part.samples.ignored})
     if ignored:
         more = f" and {len(ignored) - _NUM_NAMED} more" if len(ignored) > _NUM_NAMED else ""
         _log.warning("%s: members of these kinds are never read: %s%s", flag, ", ".join(ignored[:_NUM_NAMED]), more)
