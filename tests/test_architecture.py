@@ -5,6 +5,7 @@ module, and adds what they cannot say: what floor 0 may use, and the doors for p
 """
 
 import ast
+import logging
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -25,6 +26,15 @@ DOORS = ("timm", "webdataset", "fsspec", "simplejpeg", "deepspeed", "accelerate"
 COMPARED = {("tools/bench_data_ways.py", "webdataset"), ("tools/bench_data_decoders.py", "simplejpeg")}
 """But a benchmark must use what it compares the package with."""
 COMPARED_DATA_SETS = ("tools/bench_data_ways.py",)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loggers_stay_on() -> Iterator[None]:
+    """import-linter sets logging up anew, which turns off every logger there is, for all tests that come after."""
+    yield
+    for logger in logging.root.manager.loggerDict.values():
+        if isinstance(logger, logging.Logger):
+            logger.disabled = False
 
 
 @pytest.fixture(scope="module")

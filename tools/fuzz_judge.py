@@ -34,8 +34,8 @@ KINDS = (*DAMAGES, *FORGERIES)
 READINGS = ("indexed", "quarantine", "fresh")
 IMAGE_SIZE = 48
 MEMORY_MIB = 1536
-"""That one sample may need beyond what the process holds when it starts, the largest allowed WebP image being the worst;
-more is a failure."""
+"""That one sample may need beyond what the process holds when it starts; the largest allowed WebP image is the worst.
+More is a failure."""
 
 _SAMPLES_PER_SHARD = 10
 _TRANSFORM = ImageTransform(image_size=IMAGE_SIZE, augment="none", train=True)

@@ -287,7 +287,9 @@ def test_counts_are_held_to(shards: tuple[Path, ...]) -> None:
 
 def test_an_image_that_cannot_be_decoded(tmp_path: Path, write_tar: WriteTar) -> None:
     shard = write_tar(tmp_path / "a.tar", [*members(0, 3), ("x.png", b"not an image"), ("x.cls", b"1")])
-    with pytest.raises(UserError, match=f"^shard {shard}: image x cannot be decoded; got neither JPEG nor PNG nor WebP"):
+    with pytest.raises(
+        UserError, match=f"^shard {shard}: image x cannot be decoded; got neither JPEG nor PNG nor WebP"
+    ):
         take((shard,))
 
 
