@@ -3,6 +3,9 @@
 Every rank prepares the same way and gets the same; `--dry-run` prints it and stops.
 """
 
+import dataclasses
+import hashlib
+import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -59,6 +62,14 @@ class Splits:
     """Which training sample is in which shard, where the order follows the shards."""
     selection: Selection
     """How the training samples, and those held out, were chosen."""
+
+    @property
+    def rest_digest(self) -> str:
+        """sha256 over all else that ranks must agree on: what is measured on, layout, what was left out."""
+        indexes = [index for index in (self.train, self.val, self.test) if index is not None]
+        bad = [dataclasses.astuple(sample) for index in indexes for sample in index.bad]
+        rest = [self.val_digest, self.test.digest if self.test else None, self.layout_digest, bad]
+        return hashlib.sha256(json.dumps(rest).encode()).hexdigest()
 
     def eval_ids(self, split: str) -> np.ndarray:
         """Sample ids of `val` or `test`, int64, ascending."""

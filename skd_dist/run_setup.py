@@ -93,7 +93,8 @@ def prepare_together(job: Job, config: RunConfig, key: str) -> Prepared:
     with agreed(job, f"{key}/prepare"):
         prepared = prepare_run(config, num_students=num_students)
     _check_same(job, f"{key}/plan", prepared.plan.digest(), what="plan")
-    _check_same(job, f"{key}/samples", prepared.splits.digest, what="training samples")
+    _check_same(job, f"{key}/samples", prepared.splits.digest, what="choice of training samples")
+    _check_same(job, f"{key}/rest", prepared.splits.rest_digest, what="view of the shards")
     return prepared
 
 

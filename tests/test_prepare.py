@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from skd_dist.config import RunConfig
+from skd_dist.data.bad_samples import BadSample
 from skd_dist.data.images import ImageTransform
 from skd_dist.data.loader import ShardDataset, train_batches
 from skd_dist.errors import UserError
@@ -78,3 +79,18 @@ def test_an_unknown_key_is_one_line(config: RunConfig, tmp_path: Path) -> None:
     wanted = dataclasses.replace(config, train_keys=str(tmp_path / "keys.txt"))
     with pytest.raises(UserError, match=r"^--train-keys: \d of 2 lines are no key of --train-shards; got .*nobody"):
         prepare_splits(wanted, keep_index=False)
+
+
+def test_all_that_ranks_must_agree_on_is_in_a_digest(config: RunConfig) -> None:
+    """Another validation set, another layout where the order follows it, other samples left out, no test set."""
+    splits = prepare_splits(config, keep_index=False)
+    left_out = dataclasses.replace(splits.val, bad=(BadSample("a.tar", "k", "broken"),))
+    others = [
+        dataclasses.replace(splits, val_digest="other"),
+        dataclasses.replace(splits, layout_digest="other"),
+        dataclasses.replace(splits, val=left_out),
+        dataclasses.replace(splits, test=None),
+    ]
+    found = {other.rest_digest for other in others}
+    assert len(found) == 4 and splits.rest_digest not in found
+    assert prepare_splits(config, keep_index=False).rest_digest == splits.rest_digest

@@ -74,7 +74,7 @@ def _check_url(url: ShardUrl, flag: str, allow_pipe_urls: bool) -> None:
             raise UserError(
                 f"{flag}: a pipe: URL runs a shell command and is refused",
                 got=url,
-                do="give --allow-pipe-urls if the command is your own",
+                do="write the shards to files; only skd_dist.data.stream reads pipes, where it is allowed to",
             )
     elif "::" in url or not is_known_scheme(url):
         raise UserError(
