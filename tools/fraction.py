@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from skd_dist.checkpoint import write_json
 from skd_dist.data.atomic import atomic_directory
+from skd_dist.data.bad_samples import OnBad
 from skd_dist.data.imbalance import parse_imbalance
 from skd_dist.data.index import load_index
 from skd_dist.data.key_list import base_name, read_lines
@@ -54,6 +55,10 @@ class Write:
     """Wrong labels, KIND:RATE; KIND symmetric, uniform or pairflip."""
     fraction: float = 1.0
     """Share of what is left, 0 < f <= 1."""
+    index_dir: Path | None = None
+    """Where indexes of shards without one are kept; default: beside the shards."""
+    on_bad_sample: OnBad = "error"
+    """As the flag of a run: with quarantine the choice is made of what is sound."""
     seed: int = 0
     """Of the choice; a run's own --seed does not change its choice, which is that of seed 0."""
 
@@ -117,7 +122,10 @@ def write(wanted: Write) -> Selection:
         fraction=wanted.fraction,
         seed=wanted.seed,
     )
-    chosen = select_samples(load_index(wanted.train_shards, flag="--train-shards"), spec)
+    index = load_index(
+        wanted.train_shards, flag="--train-shards", index_dir=wanted.index_dir, on_bad=wanted.on_bad_sample
+    )
+    chosen = select_samples(index, spec)
     with atomic_directory(wanted.out) as directory:
         _write_part(directory, "train", chosen, chosen.ids)
         if chosen.holdout_ids is not None:
@@ -221,7 +229,10 @@ def read_side(path: Path) -> Side:
     if not (folder / "train_keys.txt").is_file():
         return Side(manifest=manifest)
     keys = np.array(read_lines(folder / "train_keys.txt", flag="key list"))
-    labels = np.loadtxt(folder / "train_labels.txt", dtype=np.int64, ndmin=1)
+    try:
+        labels = np.loadtxt(folder / "train_labels.txt", dtype=np.int64, ndmin=1)
+    except (OSError, ValueError) as error:
+        raise UserError("selection is not whole", got=error, do="write it again") from error
     if not len(keys) == len(labels) == manifest["train"]["num_samples"]:
         raise UserError("selection is not whole", got=f"{len(keys)} keys and {len(labels)} labels in {folder}")
     return Side(keys=keys, labels=labels, manifest=manifest)
@@ -242,6 +253,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads(file.read_text())
         if manifest["format"] == FORMAT:
+            list(describe(manifest))  # all that is wanted of it is there
             return manifest
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError("no selection", got=f"{file}: {error!r}", expected=f"a directory with {MANIFEST}") from error
@@ -262,6 +274,9 @@ def main(arguments: list[str]) -> int:
             print(line)
     except UserError as error:
         print(f"error: {error.line}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except OSError as error:
+        print(f"error: OUT cannot be written: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     return 0
 

@@ -1,6 +1,7 @@
 """tools/fraction.py: what it writes is what a run uses, and what it says of two selections is so."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -160,3 +161,17 @@ def test_what_is_no_selection(folder: Path, tmp_path: Path, capsys: pytest.Captu
     for name in ("train_keys.txt", "train_labels.txt"):
         (tmp_path / name).write_bytes((folder / "tenth" / name).read_bytes())
     assert error("compare", tmp_path, tmp_path).startswith("error: selection is not whole; got 8 keys and 8 labels in ")
+
+
+def test_what_is_damaged_is_one_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(folder / "tenth", tmp_path / "tenth")
+    (tmp_path / "tenth/train_labels.txt").unlink()
+    (tmp_path / "bare.json").write_text('{"format": 1}')
+    said = {
+        ("compare", tmp_path / "tenth", folder / "half"): "error: selection is not whole; got ",
+        ("show", tmp_path / "bare.json"): f"error: no selection; got {tmp_path}/bare.json: KeyError('source')",
+        ("write", "--train-shards", folder / "shards", "--out", tmp_path / "bare.json" / "out"): "error: OUT cannot be",
+    }
+    for arguments, line in said.items():
+        assert main([str(argument) for argument in arguments]) == 2
+        assert capsys.readouterr().err.startswith(line)
