@@ -133,6 +133,8 @@ class MlflowWriter:
                 )
             case "bad_samples":
                 write_tags(self._client, self._parent.run_id, {"skd.bad_samples": data["count"]})
+                lines = "".join(f"{json.dumps(entry)}\n" for entry in data["entries"])
+                self._client.log_text(self._parent.run_id, lines, f"bad_samples/{data['count']:06d}.jsonl")
             case "run_ended":
                 self._stop_system_metrics()
                 self._stop_system_metrics = _nothing

@@ -280,4 +280,7 @@ def test_bad_samples_are_a_count_on_the_run(store: TrackingStore, make_writer: M
     writer = make_writer()
     writer.apply(events([*HISTORY, *found]))
     assert parent_of(store, writer).data.tags["skd.bad_samples"] == "4"
+    client = MlflowClient(tracking_uri=store.uri)
+    found = client.list_artifacts(parent_of(store, writer).info.run_id, "bad_samples")
+    assert [artifact.path for artifact in found] == ["bad_samples/000001.jsonl", "bad_samples/000004.jsonl"]
     writer.close()
