@@ -95,6 +95,7 @@ def make_shards(arguments: Arguments) -> None:
     Raises:
         UserError: the source cannot be used, or the output is something else than a part of the same pack.
     """
+    kind = _type(arguments.source)
     with _open_source(arguments) as source:
         # All are looked at before the first is written.
         jobs = {
@@ -102,8 +103,8 @@ def make_shards(arguments: Arguments) -> None:
                 samples,
                 arguments.out / split,
                 settings=_settings(arguments, source),
-                source={"type": _type(arguments.source), "name": _path(arguments.source).name, "split": split},
-                source_path=str(_path(arguments.source).resolve()),
+                source=_describe_source(arguments, split),
+                source_path=str((_path(arguments.source) if kind != "torchvision" else arguments.root).resolve()),
             )
             for split, samples in source.splits.items()
         }
@@ -113,6 +114,16 @@ def make_shards(arguments: Arguments) -> None:
             print(f"{job.out}: {counts}" + (", packed already" if job.is_packed else ""))
         for note in source.notes:
             print(note)
+
+
+def _describe_source(arguments: Arguments, split: str) -> dict[str, str]:
+    """What pack.json says of the source: where and what is read of it, but not where it lies."""
+    described = {"type": _type(arguments.source), "name": _path(arguments.source).name, "split": split}
+    if arguments.masks != MASKS:
+        described["masks"] = arguments.masks
+    if arguments.columns:
+        described["columns"] = " ".join(sorted(arguments.columns))
+    return described
 
 
 def _settings(arguments: Arguments, source: Source) -> PackSettings:

@@ -27,7 +27,6 @@ from skd_dist.data.pack_plan import (
     PlannedShard,
     describe_pack,
     plan_tiers,
-    samples_digest,
 )
 from skd_dist.data.pack_sample import PackSample
 from skd_dist.data.pack_workers import for_each
@@ -105,7 +104,7 @@ def plan_pack(
         samples: at least one, with unique keys, in any order.
         out: the directory; new, empty, partly packed, or this very set already.
         settings: how to pack.
-        source: type and name of the source, for pack.json.
+        source: type and name of the source and what is taken of it, for pack.json.
         source_path: where the source is; only compared on going on.
 
     Raises:
@@ -113,8 +112,7 @@ def plan_pack(
     """
     tiers = plan_tiers(samples, settings)
     described = describe_pack(tiers, settings, source=source)
-    state = samples_digest(tiers, with_fingerprints=True)
-    partial = {**described, "source_path": source_path, "source_state_sha256": state}
+    partial = {**described, "source_path": source_path}
     return PackJob(
         out=out,
         settings=settings,

@@ -95,7 +95,7 @@ def plan_tiers(samples: Sequence[PackSample], settings: PackSettings) -> tuple[P
 
 
 def describe_pack(tiers: Sequence[PlannedTier], settings: PackSettings, *, source: dict[str, str]) -> dict[str, Any]:
-    """The content of pack.json: equal for equal samples and settings, on any machine."""
+    """The content of pack.json: equal for equal samples and settings, on any machine, but for the source's state."""
     image = settings.image
     return {
         "format": PACK_FORMAT,
@@ -104,6 +104,7 @@ def describe_pack(tiers: Sequence[PlannedTier], settings: PackSettings, *, sourc
         "source": source,
         "num_samples": sum(len(shard.samples) for tier in tiers for shard in tier.shards),
         "samples_sha256": samples_digest(tiers),
+        "source_state_sha256": samples_digest(tiers, with_fingerprints=True),
         "classes": list(settings.classes),
         "seed": settings.seed,
         "fraction_seed": settings.fraction_seed,

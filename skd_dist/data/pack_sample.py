@@ -47,4 +47,4 @@ class PackSample:
     place: str = ""
     """Where the image comes from, as the user would find it; named in errors."""
     fingerprint: str = ""
-    """Changes when the image in the source does (its size, CRC, time stamp), to notice another source on resuming."""
+    """Changes when image or mask in the source does (size, CRC, time stamp), to notice another source on resuming."""

@@ -16,7 +16,7 @@ MEMBER_BYTES_MAX = 1 << 30
 
 _LONG_HEADER_BYTES_MAX = 1 << 14
 """Names of 4,096 bytes, the longest of Linux, fit several times; tarfile's patterns take seconds for 2**16."""
-_NAME_BYTES_MAX = 512
+NAME_BYTES_MAX = 512
 """Keys lie in one array of equally long cells: one long name would multiply the index of millions."""
 _BLOCK = tarfile.BLOCKSIZE
 _END_BYTES_MAX = 2 * _BLOCK + tarfile.RECORDSIZE
@@ -197,8 +197,8 @@ def _name_refusal(name: str) -> str | None:
         return "has a name that leads out of the archive"
     if _CONTROL.search(name):
         return "has control characters in its name"
-    if len(name) > _NAME_BYTES_MAX or (
-        not name.isascii() and len(name.encode("utf-8", "surrogateescape")) > _NAME_BYTES_MAX
+    if len(name) > NAME_BYTES_MAX or (
+        not name.isascii() and len(name.encode("utf-8", "surrogateescape")) > NAME_BYTES_MAX
     ):
-        return f"has a name of more than {_NAME_BYTES_MAX} bytes"
+        return f"has a name of more than {NAME_BYTES_MAX} bytes"
     return None

@@ -283,6 +283,8 @@ def test_a_whole_set_is_left_alone(tmp_path: Path) -> None:
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "set").iterdir()} == before
     with pytest.raises(UserError, match="holds shards of another source or other arguments; got seed 1"):
         job(tmp_path / "set", settings=replace(SETTINGS, seed=1))
+    with pytest.raises(UserError, match=r"other arguments; got other files in the source \(sizes, time stamps\); exp"):
+        job(tmp_path / "set", samples=many(fingerprint="new"))
 
 
 def test_a_directory_of_something_else_is_left_alone(tmp_path: Path) -> None:

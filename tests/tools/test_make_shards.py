@@ -4,10 +4,13 @@ import io
 import json
 import os
 import re
+import shutil
 import tarfile
 import zipfile
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from skd_dist.data.fraction import select_fraction
 from skd_dist.data.images import ImageTransform
 from skd_dist.data.index import ShardIndex, load_index
 from skd_dist.data.loader import ShardDataset, train_batches
+from tools import make_shards
 from tools.make_shards import main
 
 Source = dict[str, bytes]
@@ -140,6 +144,8 @@ def test_zip_and_folder_give_the_same_bytes(tmp_path: Path) -> None:
     assert all(each == found[0] for each in found[1:])
     names = [[pack.pop("source")["name"] for pack in each] for each in described]
     assert names == [["folder"] * 2, ["again"] * 2, ["flat.zip"] * 2, ["wrapped.zip"] * 2]
+    # Time stamps of each folder, CRCs of both zips; two splits.
+    assert len({pack.pop("source_state_sha256") for each in described for pack in each}) == 6
     assert all(each == described[0] for each in described[1:])
     assert run(sources[0], tmp_path / "other", "--tiers", "0.5", "--seed", "1") == 0
     assert contents(tmp_path / "other")["train/tier-00-000000.tar"] != found[0]["train/tier-00-000000.tar"]
@@ -294,6 +300,110 @@ def test_masks_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert members(tmp_path / "out" / "train") == {
         f"{i}.{end}": data for i in range(3) for end, data in (("jpg", jpeg(i)), ("mask.png", mask(i)))
     }
+
+
+def boxes_json(width: int) -> bytes:
+    entry = {"boxes": [[0, 0, width, 2]], "labels": ["a"]}
+    return json.dumps({"images": {f"{i}.jpg": entry for i in range(3)}}).encode()
+
+
+def start(source: Path, out: Path, *more: str, end_after: int | None) -> int:
+    """Pack in shards of one image, to the end or until so many are written."""
+
+    def progress(_: str, done: int, __: int) -> None:
+        if done == end_after:
+            raise KeyboardInterrupt
+
+    with patch.object(make_shards, "_print_progress", progress):
+        return run(source, out, "--tiers", "0", "--samples-per-shard", "1", "--workers", "1", *more)
+
+
+@pytest.mark.parametrize("end_after", [1, None])
+@pytest.mark.parametrize(
+    ("task", "more", "changed", "again", "message"),
+    [
+        ("segmentation", ["--masks", "m/{stem}.png"], {"m/2.png": mask(9)}, None, "got other files in the source (siz"),
+        ("segmentation", ["--masks", "m/{stem}.png"], {}, ["--masks", "{parent}/m/{stem}.png"], "/m/{stem}.png'}; e"),
+        ("detection", [], {"boxes.json": boxes_json(3)}, None, "got other keys, labels or boxes; expected"),
+        ("list", ["--columns", "label=a"], {}, ["--columns", "label=b"], "'columns': 'label=b'}; e"),
+        ("list", ["--columns", "label=a"], {"x/2.jpg": jpeg(9)}, None, "got other files in the source (sizes, time st"),
+    ],
+)  # fmt: skip
+def test_a_second_start_packs_the_same_or_nothing(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    end_after: int | None,
+    task: str,
+    more: list[str],
+    changed: Source,
+    again: list[str] | None,
+    message: str,
+) -> None:
+    files = {f"x/{i}.jpg": jpeg(i) for i in range(3)}
+    files |= {f"m/{i}.png": mask(i) for i in range(3)} if task == "segmentation" else {}
+    files["boxes.json"] = boxes_json(2)
+    files["list.csv"] = b"image,a,b\n" + b"".join(b"x/%d.jpg,p,p\n" % i for i in range(3))
+    folder = write_folder(tmp_path / "source", files)
+    source, out = folder / ("list.csv" if task == "list" else ""), tmp_path / "out"
+    of_task = ["--task", task] if task != "list" else []
+    with pytest.raises(KeyboardInterrupt) if end_after else nullcontext():
+        assert start(source, out, *of_task, *more, end_after=end_after) == 0
+    before = contents(out)
+    assert sum(name.endswith(".tar") for name in before) == (end_after or 3)
+
+    write_folder(folder, changed)
+    capsys.readouterr()
+    assert start(source, out, *of_task, *(again or more), end_after=None) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {out}/train holds shards of another source or other arguments; got ")
+    assert message in error and error.count("\n") == 1
+    assert contents(out) == before
+
+
+def test_a_torchvision_set_is_gone_on_with_from_its_own_root_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = write_folder(tmp_path / "first", {f"cat/{i}.jpg": jpeg(i) for i in range(3)})
+    shutil.copytree(first, tmp_path / "second")
+    name, out = Path("torchvision:ImageFolder"), tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        start(name, out, "--root", str(first), end_after=1)
+    assert start(name, out, "--root", str(tmp_path / "second"), end_after=None) == 2
+    wanted = f"got source_path {tmp_path}/second; expected source_path {first}; give the same source and arguments"
+    assert wanted in capsys.readouterr().err
+    assert start(name, out, "--root", str(first), end_after=None) == 0
+
+
+@pytest.mark.parametrize("kind", ["folder", "list", "flag"])
+def test_no_split_leads_out_of_the_output(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    source = write_folder(tmp_path / "source", {f"{split}/cat/1.jpg": jpeg(1) for split in ("train", "te st")})
+    more, split = [], "te st"
+    if kind == "list":
+        source, split = source / "list.csv", "../../escaped"
+        source.write_text(f"image,label,split\ntrain/cat/1.jpg,cat,train\nte st/cat/1.jpg,cat,{split}\n")
+    elif kind == "flag":
+        source, split = write_folder(tmp_path / "flat", {"cat/1.jpg": jpeg(1)}), "../escaped"
+        more = ["--split", split]
+    assert run(source, tmp_path / "deep" / "er" / "out", *more) == 2
+    error = capsys.readouterr().err
+    assert f"is in a split whose name cannot be used; got {split!r}; expected letters" in error
+    assert error.count("\n") == 1 and not (tmp_path / "deep").exists()
+
+
+def test_names_with_any_characters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    long, odd = "c" * 250, os.fsdecode(b"\xff\x1b\n")
+    files = {f"ant\neater/{odd}.jpg": jpeg(1), f"ant\neater/{odd}.txt": b"no image", f"{long}/1.jpg": jpeg(2)}
+    assert run(write_folder(tmp_path / "source", files), tmp_path / "out") == 0
+    assert load(tmp_path / "out" / "train") == {"ant_eater____": (0, jpeg(1)), f"{long}_1": (1, jpeg(2))}
+    assert json.loads((tmp_path / "out" / "train" / "classes.json").read_text()) == ["ant\neater", long]
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "not packed: 1 files that are not jpg, jpeg, png, webp (first: 'ant\\neater/\\udcff\\x1b\\n.txt')"
+    ]
+    write_folder(tmp_path / "source", {f"{long}/{'f' * 251}.jpg": b""})
+    assert run(tmp_path / "source", tmp_path / "new") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: the key of an image is too long; got 502 bytes for ccc")
+    assert error.count("\n") == 1 and not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(

@@ -121,8 +121,8 @@ def _with_masks(
     rows = []
     for path in of_images:
         mask = files[mask_of[path]]
-        row = _row(files, path, split=split if one else path.parent.name, name=path.stem, read_mask=mask.read)
-        rows.append(row)
+        target = {"read_mask": mask.read, "mask_fingerprint": mask.fingerprint}
+        rows.append(_row(files, path, split=split if one else path.parent.name, name=path.stem, **target))
     return make_source(rows, task="segmentation", class_names=class_names, notes=_notes(files, images))
 
 
@@ -151,7 +151,7 @@ def _with_boxes(files: Files, images: Sequence[PurePosixPath], *, split: str) ->
         rows.append(_row(files, path, split=split_of.get(path.stem, split), name=path.stem, boxes=boxes))
     notes = _notes(files, images)
     if bare:
-        notes.append(f"not packed: {len(bare)} images without boxes or split (first: {bare[0]})")
+        notes.append(f"not packed: {len(bare)} images without boxes or split (first: {_shown(bare[0])})")
     return make_source(rows, task="detection", classes=listed.get("classes"), notes=notes)
 
 
@@ -193,4 +193,9 @@ def _notes(files: Files, images: Sequence[PurePosixPath]) -> list[str]:
     others = sorted(path for path in files.keys() - set(images) if path.name != _BOXES_FILE and not _is_split(path))
     if not others:
         return []
-    return [f"not packed: {len(others)} files that are not {', '.join(IMAGE_EXTENSIONS)} (first: {others[0]})"]
+    return [f"not packed: {len(others)} files that are not {', '.join(IMAGE_EXTENSIONS)} (first: {_shown(others[0])})"]
+
+
+def _shown(path: PurePosixPath) -> str:
+    """On one line, whatever its characters are."""
+    return str(path) if str(path).isprintable() else repr(str(path))

@@ -9,12 +9,17 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 
 from skd_dist.data.pack_sample import KIND_OF_TASK, Box, PackSample, Task
+from skd_dist.data.scan import IMAGE_EXTENSIONS, TARGET_EXTENSIONS
 from skd_dist.data.shard_samples import Kind
+from skd_dist.data.tar_stream import NAME_BYTES_MAX
 from skd_dist.errors import UserError
 
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,6}")
 _LABEL_MAX = 9_999_999
 _KEY = re.compile(r"[0-9A-Za-z_-]+")
+_KEY_BYTES_MAX = NAME_BYTES_MAX - max(len(f".{extension}") for extension in (*IMAGE_EXTENSIONS, *TARGET_EXTENSIONS))
+_SPLIT = re.compile(r"[0-9A-Za-z_-][0-9A-Za-z_.-]{0,254}")
+"""A split is a directory in --out, and must not lead out of it."""
 
 Label = int | str
 Corners = tuple[float, float, float, float]
@@ -37,6 +42,7 @@ class Row:
     label: Label | None = None
     """Class number or name."""
     read_mask: Callable[[], bytes] | None = None
+    mask_fingerprint: str = ""
     boxes: object = None
     """A list of {"box": [x0, y0, x1, y1], "label": number or name}, or its JSON text."""
 
@@ -70,13 +76,16 @@ def make_source(
         notes: handed on.
 
     Raises:
-        UserError: no rows; a row without its target or with a broken one; keys twice; classes that are not in train.
+        UserError: no rows; a row without its target or with a broken one; a split or class whose name cannot be
+            written; keys twice or too long; classes that are not in train.
     """
     if not rows:
         raise UserError("the source has no images")
+    _check_split_names(rows)
     boxes = [_raw_boxes(row) if KIND_OF_TASK[task] == "boxes" else [] for row in rows]
     labels: list[list[Label]] = [_labels_of(row, row_boxes, task) for row, row_boxes in zip(rows, boxes, strict=True)]
     number, names = _numbering([label for each in labels for label in each], classes, class_names)
+    _check_class_names(names)
     keys = _keys(rows)
     splits: dict[str, list[PackSample]] = {}
     seen: dict[str, set[int]] = {}
@@ -99,7 +108,7 @@ def _sample(row: Row, key: str, kind: Kind, numbers: Sequence[int], boxes: Seque
         read_mask=row.read_mask if kind == "mask" else None,
         boxes=tuple(map(Box, boxes, numbers)) if kind == "boxes" else (),
         place=row.place,
-        fingerprint=row.fingerprint,
+        fingerprint=f"{row.fingerprint} {row.mask_fingerprint}" if kind == "mask" else row.fingerprint,
     )
 
 
@@ -181,8 +190,36 @@ def _keys(rows: Sequence[Row]) -> list[str]:
         if row.key is not None and counts[row.split, key] > 1:
             raise UserError(f"key {key} is given twice in split {row.split}", got=row.place, expected="unique keys")
         unique = counts[row.split, key] == 1
-        keys.append(key if unique else f"{key}_{blake2b(row.place.encode(), digest_size=8).hexdigest()}")
+        # A file's name may be no UTF-8, which Python keeps as surrogates.
+        place = row.place.encode(errors="surrogatepass")
+        keys.append(key if unique else f"{key}_{blake2b(place, digest_size=8).hexdigest()}")
+        if len(keys[-1]) > _KEY_BYTES_MAX:
+            raise UserError(
+                "the key of an image is too long",
+                got=f"{len(keys[-1])} bytes for {row.place}",
+                expected=f"{_KEY_BYTES_MAX} or fewer",
+                do="shorten the name of the file, its class or its key",
+            )
     return keys
+
+
+def _check_split_names(rows: Sequence[Row]) -> None:
+    place_of = {row.split: row.place for row in reversed(rows)}
+    for split in sorted(place_of):
+        if not _SPLIT.fullmatch(split):
+            raise UserError(
+                f"{place_of[split]} is in a split whose name cannot be used",
+                got=repr(split),
+                expected="letters, digits, - _ and, behind the first of them, dots; 255 or fewer",
+            )
+
+
+def _check_class_names(names: Sequence[str]) -> None:
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise UserError("the name of a class cannot be written", got=repr(name), expected="UTF-8") from error
 
 
 def _check_splits(seen: Mapping[str, set[int]], names: Sequence[str]) -> None:

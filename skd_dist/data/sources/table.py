@@ -54,6 +54,7 @@ def source_of_table(
                 extension=_extension(image),
                 label=record[place["label"]] if "label" in place else None,
                 read_mask=files["mask"][line].read if "mask" in files else None,
+                mask_fingerprint=files["mask"][line].fingerprint if "mask" in files else "",
                 boxes=record[place["boxes"]] if "boxes" in place else None,
             )
         )
@@ -112,10 +113,17 @@ def _read_parquet(table: Path) -> tuple[list[str], list[dict[str, Any]]]:
 
 def _find(table: Path, records: Sequence[Mapping[str, Any]], column: str) -> list[SourceFile]:
     paths = [table.parent / str(record[column]) for record in records]
-    missing = [path for path in paths if not path.is_file()]
+    missing = [path for path in paths if not _is_file(path)]
     if missing:
         raise UserError(f"{table.name} names files that are not there", got=f"{missing[0]}, {len(missing)} in all")
     return [file_of(path) for path in paths]
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # A name that is too long, say.
+        return False
 
 
 def _extension(image: Path) -> str | None:

@@ -102,6 +102,28 @@ def test_masks_and_boxes(tmp_path: Path) -> None:
     assert [sample.boxes for sample in found] == [(Box((0, 0, 2, 3), 1),), ()]
 
 
+@pytest.mark.parametrize("form", ["saved", "arrow", "parquet"])
+def test_a_changed_set_has_another_fingerprint(tmp_path: Path, form: str) -> None:
+    def fingerprint(masks: list[bytes]) -> str:
+        (tmp_path / "set").mkdir(exist_ok=True)
+        made = make(range(2), mask=(datasets.Image(), [{"bytes": data, "path": None} for data in masks]))
+        if form == "parquet":
+            made.to_parquet(tmp_path / "set" / "train-00000-of-00001.parquet")
+        else:
+            made.save_to_disk(tmp_path / "set")
+        return again()
+
+    def again() -> str:
+        path = next((tmp_path / "set").glob("*.arrow")) if form == "arrow" else tmp_path / "set"
+        (samples,) = read(path, task="segmentation").splits.values()
+        (found,) = {sample.fingerprint for sample in samples}
+        return found
+
+    first = fingerprint([b"m0", b"m1"])
+    assert again() == first
+    assert fingerprint([b"m0", b"M1"]) != first
+
+
 def test_refusals(tmp_path: Path) -> None:
     make(range(2)).save_to_disk(tmp_path / "set")
     (tmp_path / "empty").mkdir()

@@ -2,10 +2,16 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from skd_dist.data.index import load_index
+from skd_dist.data.pack import plan_pack, run_pack
+from skd_dist.data.pack_image import ImageOptions
+from skd_dist.data.pack_plan import PackSettings
 from skd_dist.data.pack_sample import Box, Task
 from skd_dist.data.sources.rows import Label, Row, make_source
 from skd_dist.errors import UserError
@@ -59,6 +65,13 @@ def test_masks_have_no_label() -> None:
     assert (sample.label, source.classes) == (0, ("sky",))
 
 
+@pytest.mark.parametrize(("task", "wanted"), [("segmentation", "i m"), ("classification", "i")])
+def test_a_mask_that_is_packed_is_in_the_fingerprint(task: Task, wanted: str) -> None:
+    fields = {"fingerprint": "i", "read_mask": bytes, "mask_fingerprint": "m", "label": 0}
+    (sample,) = make_source([row(0, **fields)], task=task).splits["train"]
+    assert sample.fingerprint == wanted
+
+
 def test_keys_are_unique_within_a_split_and_fit_webdataset() -> None:
     names = [("train", "a.b"), ("train", "a b"), ("train", "ok"), ("val", "ok")]
     rows = [row(i, split=split, name=name, label=0) for i, (split, name) in enumerate(names)]
@@ -97,6 +110,10 @@ BOX = "expected a list of"
         ("classification", {"label": "a"}, {"class_names": ["a"]}, "--class-names are for sources that have class num"),
         ("classification", {"label": 7}, {"classes": ["a"]}, "file 0 has a label that is no class; got 7; expected on"),
         ("classification", {"label": 0, "key": "a.b"}, {}, "file 0 has a key that cannot be used; got a.b; expected l"),
+        ("classification", {"label": 0, "key": "a\nb"}, {}, "file 0 has a key that cannot be used; got a b; expected"),
+        ("classification", {"label": 0, "key": "k" * 502}, {}, "the key of an image is too long; got 502 bytes for"),
+        ("classification", {"label": 0, "name": "ü" * 502}, {}, "file 0; expected 501 or fewer; shorten the name of"),
+        ("classification", {"label": "\udcff"}, {}, "the name of a class cannot be written; got '\\udcff'; expected"),
         ("segmentation", {}, {}, "file 0 has no mask; expected one for every image"),
         ("detection", {}, {}, "the boxes of file 0 cannot be used; got None"),
         ("detection", {"boxes": "[{]"}, {}, "the boxes of file 0 cannot be used; got [{]"),
@@ -115,6 +132,39 @@ def test_refusals(task: Task, fields: dict[str, Any], more: dict[str, Any], mess
 def test_a_key_given_twice() -> None:
     rows = [row(i, key="k", label=0) for i in range(2)]
     with pytest.raises(UserError, match="key k is given twice in split train; got file 0; expected unique keys"):
+        make_source(rows, task="classification")
+
+
+@pytest.mark.parametrize(
+    "split", ["../../escaped", "..", ".", ".hidden", "", "a/b", "/abs", "a\\b", "a\n", "ü", "s" * 256]
+)
+def test_a_split_is_a_harmless_name(split: str) -> None:
+    rows = [row(0, label=0), row(1, split=split, label=0)]
+    wanted = f"file 1 is in a split whose name cannot be used; got {split!r}; expected letters, digits, - _ and"
+    with pytest.raises(UserError, match=re.escape(wanted)):
+        make_source(rows, task="classification")
+    assert list(make_source([row(0, split="v1.0-a_b.", label=0)], task="classification").splits) == ["v1.0-a_b."]
+
+
+def test_odd_names_make_plain_keys() -> None:
+    names = ["ant\neater_1", "\x1b[2J\0", "../x", "\udcff", "\udcfe"]
+    rows = [row(i, name=name, place=name, label="ant\neater") for i, name in enumerate(names)]
+    source = make_source(rows, task="classification")
+    keys = [sample.key for sample in source.splits["train"]]
+    assert keys[:3] == ["ant_eater_1", "__2J_", "___x"] and source.classes == ("ant\neater",)
+    assert len(set(keys)) == 5 and all(re.fullmatch("__[0-9a-f]{16}", key) for key in keys[3:])
+
+
+def test_the_longest_key_is_a_sound_member_and_one_more_is_none(tmp_path: Path) -> None:
+    """The suffix of keys that are not unique counts; nothing that passes is refused by the reader of shards."""
+    boxes = [{"box": [0, 0, 1, 1], "label": 0}]
+    (sample,) = make_source([row(0, key="k" * 501, boxes=boxes)], task="detection").splits["train"]
+    settings = PackSettings(task="detection", classes=("0",), image=ImageOptions(check="none"))
+    samples = [replace(sample, extension="jpg")]
+    run_pack(plan_pack(samples, tmp_path / "set", settings=settings, source={}, source_path=""))
+    assert load_index(str(tmp_path / "set"), flag="--train-shards").key(0) == "k" * 501
+    rows = [row(i, name="n" * 485, label=0) for i in range(2)]
+    with pytest.raises(UserError, match="the key of an image is too long; got 502 bytes for file 0; expected 501 or f"):
         make_source(rows, task="classification")
 
 

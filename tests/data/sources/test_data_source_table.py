@@ -1,6 +1,7 @@
 """Lists of files, as CSV and as Parquet."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,9 @@ def test_other_names_and_absolute_paths(folder: Path) -> None:
 def test_masks(folder: Path) -> None:
     (sample,) = read(csv(folder, "image,mask", "one.jpg,mask.png"), "segmentation").splits["train"]
     assert sample.read_mask is not None and sample.read_mask() == b"mask.png"
+    os.utime(folder / "mask.png", (1, 1))
+    (changed,) = read(folder / "list.csv", "segmentation").splits["train"]
+    assert changed.fingerprint != sample.fingerprint
 
 
 def test_boxes_in_csv_and_parquet(folder: Path) -> None:
@@ -79,6 +83,8 @@ def test_parquet_labels_are_numbers(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "columns", "message"),
     [
+        (("image,label", f"{'x' * 300}.jpg,1"), {}, "list.csv names files that are not there; got {folder}/xxx"),
+        (("image,label,split", "one.jpg,1,../../out"), {}, "list.csv row 1: one.jpg is in a split whose name cannot"),
         (("image,label", "gone.jpg,1", "one.jpg,1"), {}, "list.csv names files that are not there; got {folder}/gone."),
         (("image,y", "one.jpg,1"), {}, "the source has no column label; got image, y; name the one that it is: --colu"),
         (("image,y", "one.jpg,1"), {"label": "z"}, "--columns: the source has no column z; expected one of image, y"),
