@@ -49,7 +49,7 @@ class RunConfig:
     test_shards: str | None = None
     """Test shards, likewise; measured once, with the finished student."""
     index_dir: Path | None = None
-    """Where indexes of shards without one are kept, by content; default: beside the shards."""
+    """Where indexes of shards without one are kept, by the place of the shard; default: beside the shards."""
     teacher: str | None = None
     """timm name of the teacher."""
     teacher_checkpoint: str | None = None

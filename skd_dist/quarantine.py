@@ -3,16 +3,17 @@
     loader -> Batch.bad -> `watch` (each student its own) -> count rides with the loss -> `settle` (all students)
     -> RUN/bad_samples.jsonl, journal, one line to the user -> over --max-bad-frac? -> the run ends on all students
 
-What was agreed is part of a resume point and of the file, and only saves later attempts at reading those samples: a
-batch is the same whether a sample was known to be bad or is found to be.
+What failed when it was read is part of a resume point and of the file, and only saves later attempts at reading those
+samples: a batch is the same whether a sample was known to be bad or is found to be. What the index left out is no
+sample of it, is found anew whenever a run begins, and excludes nothing: a sound copy of a repeated key has its key.
 """
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from skd_dist.checkpoint import cannot_go_on_without
 from skd_dist.contracts import Batch
@@ -26,6 +27,9 @@ FILE = "bad_samples.jsonl"
 METRIC = "data/bad_samples"
 _MAX_NAMED = 5
 
+Origin = Literal["index", "read"]
+"""When a sample was found to be bad: then it is no sample of the index, or it is one."""
+
 
 class Entry(NamedTuple):
     """One bad sample, or the rest of a shard, of one split."""
@@ -34,14 +38,19 @@ class Entry(NamedTuple):
     shard: str
     key: str
     reason: str
+    origin: Origin = "read"
+    num_samples: int | None = 1
+    """How many samples it stands for; None: nobody knows."""
 
     @property
-    def identity(self) -> tuple[str, str, str]:
-        return self.split, self.shard, self.key
+    def identity(self) -> "_Identity":
+        return self.split, self.shard, self.key, self.origin
 
+
+_Identity = tuple[str, str, str, Origin]
 
 OnFound = Callable[[Sequence[Entry], int], None]
-"""(entries that are new, how many there are now); called on every student, with equal values."""
+"""(entries that are new, how many bad samples there are now); called on every student, with equal values."""
 
 
 class Quarantine:
@@ -51,7 +60,8 @@ class Quarantine:
         run_dir: where the list is kept; the first student writes it.
         board: of the students.
         num_samples: split -> samples in use.
-        max_frac: of these, how many may be bad, 0..1.
+        num_indexed: split -> samples of its index, of which those in use may be a fraction.
+        max_frac: how many of those in use may fail, and of all that the shards hold be left out of the index, 0..1.
         on_found: told what was agreed on.
     """
 
@@ -61,17 +71,19 @@ class Quarantine:
         *,
         board: Blackboard,
         num_samples: Mapping[str, int],
+        num_indexed: Mapping[str, int],
         max_frac: float,
         on_found: OnFound,
     ) -> None:
         self._path = run_dir / FILE
         self._board = board
         self._num_samples = num_samples
+        self._num_indexed = num_indexed
         self._max_frac = max_frac
         self._on_found = on_found
-        self._agreed: dict[tuple[str, str, str], Entry] = {}
-        self._listed: set[tuple[str, str, str]] = set()
-        self._pending: dict[tuple[str, str, str], Entry] = {}
+        self._agreed: dict[_Identity, Entry] = {}
+        self._listed: set[_Identity] = set()
+        self._pending: dict[_Identity, Entry] = {}
 
     def begin(self, left_out: Mapping[str, Sequence[BadSample]]) -> None:
         """Take up what an earlier attempt has listed, and what the indexes of the splits left out. Collective.
@@ -83,8 +95,7 @@ class Quarantine:
         listed = [Entry(*fields) for fields in json.loads(self._board.gather("bad samples", json.dumps(lines))[0])]
         self._listed = {entry.identity for entry in listed}
         self.adopt([entry for entry in listed if entry.split in self._num_samples])
-        found = [Entry(split, *_fields(bad)) for split, samples in left_out.items() for bad in samples]
-        self._add(found)
+        self._add([_of_index(split, bad) for split, samples in left_out.items() for bad in samples])
 
     def watch(self, batches: Batches, *, split: str) -> Batches:
         """The same batches; what was bad in them is remembered."""
@@ -114,22 +125,22 @@ class Quarantine:
             self.settle()
 
     def excluded(self, split: str) -> dict[str, str]:
-        """Key -> reason."""
-        return {entry.key: entry.reason for entry in self._agreed.values() if entry.split == split and entry.key}
+        """Key -> reason, of the samples of the index that failed when they were read."""
+        return {entry.key: entry.reason for entry in self._agreed.values() if entry.split == split and _failed(entry)}
 
     def metrics(self) -> dict[str, float]:
         """How many there are, where there are any."""
-        return {METRIC: float(len(self._agreed))} if self._agreed else {}
+        return {METRIC: float(_total(self._agreed.values()))} if self._agreed else {}
 
     def state(self) -> list[Entry]:
         """What `adopt` takes: plain data."""
-        return list(self._agreed.values())
+        return [entry for entry in self._agreed.values() if _failed(entry)]
 
-    def adopt(self, state: Sequence[Sequence[str]]) -> None:
-        """Know what an earlier attempt had agreed on."""
-        for fields in state:
-            entry = Entry(*fields)
-            self._agreed.setdefault(entry.identity, entry)
+    def adopt(self, state: Sequence[Sequence[Any]]) -> None:
+        """Know which samples failed in an earlier attempt; what its indexes had left out, those of now know."""
+        for entry in (Entry(*fields) for fields in state):
+            if _failed(entry):
+                self._agreed.setdefault(entry.identity, entry)
 
     def _note(self, batch: Batch, split: str) -> None:
         for fields in batch.bad:
@@ -145,25 +156,45 @@ class Quarantine:
             with cannot_go_on_without(self._path):
                 append_entries(self._path, unlisted)
         self._listed |= new.keys()
-        if new:
-            self._on_found(list(new.values()), len(self._agreed))
-        self._check_limit()
+        if unlisted:
+            self._on_found(unlisted, _total(self._agreed.values()))
+        for split in self._num_samples:
+            self._check_limits(split)
 
-    def _check_limit(self) -> None:
-        for split, num_samples in self._num_samples.items():
-            bad = [entry for entry in self._agreed.values() if entry.split == split]
-            if len(bad) > self._max_frac * num_samples:
-                named = ", ".join(f"{entry.key or 'the rest'} of shard {entry.shard}" for entry in bad[:_MAX_NAMED])
-                raise UserError(
-                    f"too many samples of the {split} split cannot be used",
-                    got=f"{len(bad)} of {num_samples} ({named}; the last because of: {bad[-1].reason})",
-                    expected=f"at most --max-bad-frac {self._max_frac:g}, which is {int(self._max_frac * num_samples)}",
-                    do=f"repair the shards; all are listed in {self._path}",
-                )
+    def _check_limits(self, split: str) -> None:
+        """Each kind against what it was found among: a fraction is read, but the whole split is indexed."""
+        entries = [entry for entry in self._agreed.values() if entry.split == split]
+        left_out = [entry for entry in entries if not _failed(entry)]
+        self._check_limit(split, left_out, self._num_indexed[split] + _total(left_out))
+        self._check_limit(split, list(filter(_failed, entries)), self._num_samples[split])
+
+    def _check_limit(self, split: str, bad: Sequence[Entry], num_samples: int) -> None:
+        unknown = [entry for entry in bad if entry.num_samples is None]
+        # Where all may be bad, it does not matter how many are.
+        if _total(bad) <= self._max_frac * num_samples and (not unknown or self._max_frac == 1):
+            return
+        count = f"an unknown number, at least {_total(bad)}," if unknown else _total(bad)
+        worst = (unknown or bad)[:_MAX_NAMED]
+        named = ", ".join(f"{entry.key or 'the rest'} of shard {entry.shard}" for entry in worst)
+        raise UserError(
+            f"too many samples of the {split} split cannot be used",
+            got=f"{count} of {num_samples} ({named}; the last because of: {(unknown or bad)[-1].reason})",
+            expected=f"at most --max-bad-frac {self._max_frac:g}, which is {int(self._max_frac * num_samples)}",
+            do=f"repair the shards; all are listed in {self._path}",
+        )
 
 
-def _fields(bad: BadSample) -> tuple[str, str, str]:
-    return bad.shard, bad.key, bad.reason
+def _of_index(split: str, bad: BadSample) -> Entry:
+    return Entry(split, bad.shard, bad.key, bad.reason, "index", bad.count)
+
+
+def _failed(entry: Entry) -> bool:
+    return entry.origin == "read"
+
+
+def _total(entries: Iterable[Entry]) -> int:
+    """Samples they stand for, at least."""
+    return sum(1 if entry.num_samples is None else entry.num_samples for entry in entries)
 
 
 def append_entries(path: Path, entries: Sequence[Entry]) -> None:
@@ -204,6 +235,7 @@ def read_entries(path: Path) -> list[Entry]:
 
 def _entry(fields: dict[str, Any]) -> Entry:
     entry = Entry(**fields)
-    if not all(isinstance(value, str) for value in entry):
+    is_known = isinstance(entry.num_samples, int | None) and entry.origin in get_args(Origin)
+    if not is_known or not all(isinstance(value, str) for value in entry[:4]):
         raise ValueError(f"no entry: {fields}")
     return entry

@@ -204,12 +204,14 @@ def quarantine_of(
         notify(f"left out: {what} of shard {first.shard} ({first.reason}){more}; {count} bad samples in this run")
 
     num_samples = {"train": len(splits.train_ids), "val": len(splits.eval_ids("val"))}
+    num_indexed = {"train": splits.train.num_samples, "val": splits.val.num_samples}
     if splits.test is not None:
-        num_samples["test"] = splits.test.num_samples
+        num_samples["test"] = num_indexed["test"] = splits.test.num_samples
     return Quarantine(
         prepared.config.run_dir,
         board=board,
         num_samples=num_samples,
+        num_indexed=num_indexed,
         max_frac=prepared.config.max_bad_frac,
         on_found=on_found,
     )

@@ -29,6 +29,7 @@ class Student:
             run_dir,
             board=Blackboard(store, rank=rank, world_size=2, timeout=timedelta(seconds=20)),
             num_samples={"train": 100, "val": 10},
+            num_indexed={"train": 996, "val": 10},
             max_frac=max_frac,
             on_found=lambda entries, count: self.found.append(([entry.key for entry in entries], count)),
         )
@@ -92,7 +93,8 @@ def test_a_line_says_all_there_is_to_know(tmp_path: Path) -> None:
     both[1].sees("k", split="val")
     settle(both)
     line = (tmp_path / FILE).read_text()
-    assert json.loads(line) == {"split": "val", "shard": "s.tar", "key": "k", "reason": "is broken"}
+    expected = {"split": "val", "shard": "s.tar", "key": "k", "reason": "is broken", "origin": "read", "num_samples": 1}
+    assert json.loads(line) == expected
 
 
 def test_without_a_word_there_is_no_file(tmp_path: Path) -> None:
@@ -105,12 +107,73 @@ def test_without_a_word_there_is_no_file(tmp_path: Path) -> None:
 
 def test_what_the_index_left_out_counts(tmp_path: Path) -> None:
     both = students(tmp_path)
-    begin(both, train=[BadSample("s.tar", "a", "no label"), BadSample("t.tar", "", "is cut")], val=[])
-    assert both[1].found == [(["a", ""], 2)] and listed(tmp_path) == ["a", ""]
-    assert both[0].quarantine.excluded("train") == {"a": "no label"}
+    left_out = [BadSample("s.tar", "a", "no label"), BadSample("t.tar", "", "is cut", count=30)]
+    begin(both, train=left_out, val=[])
+    assert both[1].found == [(["a", ""], 31)] and listed(tmp_path) == ["a", ""]
+    assert both[0].quarantine.metrics() == {"data/bad_samples": 31.0}
     again = students(tmp_path)
-    begin(again, train=[BadSample("s.tar", "a", "no label"), BadSample("t.tar", "", "is cut")])
+    begin(again, train=left_out)
     assert again[1].found == [] and listed(tmp_path) == ["a", ""]
+    assert again[1].quarantine.metrics() == {"data/bad_samples": 31.0}
+
+
+def test_the_sound_copy_of_a_repeated_key_stays(tmp_path: Path) -> None:
+    """The index keeps the first and leaves out the second, under the same key, even in the same shard."""
+    left_out = [BadSample("s.tar", "a", "comes back"), BadSample("t.tar", "b", "its key is in s.tar as well")]
+    both = students(tmp_path)
+    begin(both, train=left_out)
+    assert both[0].quarantine.excluded("train") == {}
+    state = json.loads(json.dumps(both[0].quarantine.state()))
+    again = students(tmp_path)
+    begin(again, train=left_out)
+    together(again, lambda student: student.quarantine.adopt(state))
+    assert again[1].quarantine.excluded("train") == {} and again[1].found == []
+    again[1].sees("a")
+    settle(again)
+    assert again[0].quarantine.excluded("train") == {"a": "is broken"}
+    assert again[0].found == [(["a"], 3)] and listed(tmp_path) == ["a", "b", "a"]
+    state = json.loads(json.dumps(again[0].quarantine.state()))
+    third = students(tmp_path)
+    begin(third, train=left_out)
+    assert third[1].quarantine.excluded("train") == {"a": "is broken"}
+    (tmp_path / FILE).unlink()
+    fourth = students(tmp_path)
+    begin(fourth, train=left_out)
+    together(fourth, lambda student: student.quarantine.adopt(state))
+    assert fourth[1].quarantine.excluded("train") == {"a": "is broken"}
+    assert fourth[1].quarantine.metrics() == {"data/bad_samples": 3.0}
+
+
+def test_what_the_index_left_out_is_held_against_all_that_was_indexed(tmp_path: Path) -> None:
+    """100 of the 996 samples are in use: 4 left out are 0.4 % of a thousand, no 4 %."""
+    both = students(tmp_path, max_frac=0.02)
+    begin(both, train=[BadSample("s.tar", key, "no label") for key in "abcd"])
+    both[0].sees("x", "y")
+    settle(both)
+    again = students(tmp_path / "rest", max_frac=0.02)
+    (tmp_path / "rest").mkdir()
+    expected = (
+        r"^too many samples of the train split cannot be used; got 21 of 1017 \(the rest of shard s.tar; the last "
+        r"because of: is cut\); expected at most --max-bad-frac 0.02, which is 20; "
+    )
+    with pytest.raises(UserError, match=expected):
+        begin(again, train=[BadSample("s.tar", "", "is cut", count=21)])
+
+
+@pytest.mark.parametrize("max_frac", [0.5, 1.0])
+def test_an_unknown_number_is_too_many_unless_all_may_be_bad(tmp_path: Path, max_frac: float) -> None:
+    both = students(tmp_path, max_frac=max_frac)
+    left_out = [BadSample("s.tar", "a", "no label"), BadSample("t.tar", "", "is cut", count=None)]
+    if max_frac == 1:
+        begin(both, train=left_out)
+        assert both[0].found == [(["a", ""], 2)]
+        return
+    expected = (
+        "^too many samples of the train split cannot be used; got an unknown number, at least 2, of 998 "
+        r"\(the rest of shard t.tar; the last because of: is cut\); expected at most --max-bad-frac 0.5, which is 499; "
+    )
+    with pytest.raises(UserError, match=expected):
+        begin(both, train=left_out)
 
 
 def test_the_next_attempt_knows_the_list(tmp_path: Path) -> None:
@@ -187,7 +250,15 @@ def test_a_line_that_a_crash_cut_short_is_removed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["no json", "[1]", '{"split": "train"}', '{"split":"a","shard":"b","key":1,"reason":""}']
+    "line",
+    [
+        "no json",
+        "[1]",
+        '{"split": "train"}',
+        '{"split":"a","shard":"b","key":1,"reason":""}',
+        '{"split":"a","shard":"b","key":"k","reason":"","origin":"x"}',
+        '{"split":"a","shard":"b","key":"k","reason":"","num_samples":"x"}',
+    ],
 )
 def test_any_other_damage_is_named(tmp_path: Path, line: str) -> None:
     (tmp_path / FILE).write_text(line + "\n")

@@ -110,7 +110,9 @@ def make_checkpointer(folder: Path, engine: Engine, frozen: Mapping[str, torch.T
         record={"identity": {}, "machine": {}},
         notes=lambda step: {},
         frozen=frozen,
-        quarantine=Quarantine(folder, board=board, num_samples={}, max_frac=0, on_found=lambda entries, count: None),
+        quarantine=Quarantine(
+            folder, board=board, num_samples={}, num_indexed={}, max_frac=0, on_found=lambda entries, count: None
+        ),
         stop_asked=lambda: False,
         no_teacher=lambda: None,
         on_saved=lambda step, seconds: None,

@@ -21,6 +21,8 @@ import tyro
 from skd_dist.data.bad_samples import BadSample
 from skd_dist.data.check import ShardReport, check_shard
 from skd_dist.data.index import ShardIndex, join
+from skd_dist.data.location import redact
+from skd_dist.data.pack_file import check_set
 from skd_dist.data.shard_pool import map_shards
 from skd_dist.data.shards import Location, list_shards
 from skd_dist.display import waiting_bar
@@ -65,31 +67,33 @@ def check_shards(arguments: Arguments) -> bool:
 
 
 def _check_set(path: str, shards: tuple[Location, ...], arguments: Arguments) -> bool:
+    shown = redact(path)
     check = partial(check_shard, index_dir=arguments.index_dir, decode=arguments.decode)
     try:
+        check_set(path, shards, flag="PATH")
         with waiting_bar("shards checked") as on_progress:
             reports = map_shards(check, shards, num_processes=arguments.num_processes, on_progress=on_progress)
         records = [record for report in reports for record in report.found.bad]
         if not any(len(report.found.samples.keys) for report in reports):
-            _print_verdict(path, reports, records, num_sound=0)
+            _print_verdict(shown, reports, records, num_sound=0)
             return False
-        index = join(shards, [report.found for report in reports], on_bad="quarantine", flag=path)
+        index = join(shards, [report.found for report in reports], on_bad="quarantine", flag=shown)
     except UserError as error:
-        # Targets of two kinds, or an index that is none: no sample of the set can be trusted.
-        _print(f"{path}: unsound: {error.line}")
+        # Not all there, not readable, targets of two kinds, or an index that is none: there is no set to speak of.
+        _print(f"{shown}: unsound: {error.line}")
         return False
-    _print_verdict(path, reports, index.bad, num_sound=index.num_samples)
+    _print_verdict(shown, reports, index.bad, num_sound=index.num_samples)
     _print_classes(index)
     if arguments.repair is not None:
         _repair(index, arguments.repair)
     return not index.bad
 
 
-def _print_verdict(path: str, reports: Sequence[ShardReport], bad: Sequence[BadSample], *, num_sound: int) -> None:
-    cut = any(not record.key for report in reports if not report.has_index for record in report.found.bad)
-    num_bad = f"{sum(bool(record.key) for record in bad)} samples damaged{' and an unknown number lost' if cut else ''}"
+def _print_verdict(shown: str, reports: Sequence[ShardReport], bad: Sequence[BadSample], *, num_sound: int) -> None:
+    unknown = " and an unknown number lost" if any(record.count is None for record in bad) else ""
+    num_bad = f"{sum(record.count or 0 for record in bad)} samples damaged{unknown}"
     verdict = f"unsound: {num_bad}" if bad else "sound"
-    _print(f"{path}: {verdict}; {num_sound} sound samples in {len(reports)} shards")
+    _print(f"{shown}: {verdict}; {num_sound} sound samples in {len(reports)} shards")
     for record in bad:
         _print(f"  shard {record.shard}: {f'sample {record.key}: ' if record.key else ''}{record.reason}")
     bare = sum(not report.has_index for report in reports)

@@ -4,7 +4,7 @@
     shard_file.py  a shard as a file, here or remote             remote.py       ranges behind URLs  [door to fsspec]
     tar_stream.py  one shard -> its members                      retry.py        what is tried again over a network
     scan.py        members -> where samples lie, checksums       checksum.py     xxh3
-    index_file.py  the same, kept beside the shard               shard_samples.py  the same, in memory
+    index_file.py  the same, kept in a file                      shard_samples.py  the same, in memory
     salvage.py     a damaged shard and its index -> what is still as it was
     index_build.py every shard -> its samples                    shard_pool.py   many shards at once
     index.py       all shards -> ShardIndex, in the order of the keys

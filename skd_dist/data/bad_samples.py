@@ -17,3 +17,5 @@ class BadSample:
     """Of the sample; empty where the rest of a shard is meant."""
     reason: str
     """One line."""
+    count: int | None = 1
+    """How many samples it stands for; None: nobody knows."""

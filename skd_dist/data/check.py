@@ -19,7 +19,7 @@ from skd_dist.data.index_build import IndexedShard
 from skd_dist.data.index_file import StoredIndex, find_index, read_index
 from skd_dist.data.salvage import key_text, salvage
 from skd_dist.data.scan import survey_shard
-from skd_dist.data.shard_file import open_shard
+from skd_dist.data.shard_file import open_shard, reading
 from skd_dist.data.shard_samples import ShardSamples
 from skd_dist.data.shards import Location
 
@@ -42,25 +42,18 @@ def check_shard(shard: Location, *, index_dir: Path | None, decode: bool) -> Sha
         decode: decode each image and mask, and read each list of boxes.
 
     Raises:
-        UserError: targets of two kinds in one shard, or an index that cannot be read.
+        UserError: targets of two kinds in one shard, or a shard or an index that cannot be read.
     """
-    samples, bad = survey_shard(shard, on_bad="quarantine")
-    stored = _stored(shard, index_dir)
-    if stored is not None:
-        samples, bad = _compare(shard, stored, samples, bad)
-    if decode and len(samples.keys):
-        samples, broken = _decode_all(shard, samples)
-        bad += broken
-    return ShardReport(found=IndexedShard(samples=samples, bad=bad), has_index=stored is not None)
-
-
-def _stored(shard: Location, index_dir: Path | None) -> StoredIndex | None:
-    try:
+    with reading(shard):
+        samples, bad = survey_shard(shard, on_bad="quarantine")
         path = find_index(shard, index_dir=index_dir)
-    except OSError:
-        # The scan has reported it.
-        return None
-    return read_index(path) if path is not None else None
+        stored = read_index(path) if path is not None else None
+        if stored is not None:
+            samples, bad = _compare(shard, stored, samples, bad)
+        if decode and len(samples.keys):
+            samples, broken = _decode_all(shard, samples)
+            bad += broken
+    return ShardReport(found=IndexedShard(samples=samples, bad=bad), has_index=stored is not None)
 
 
 def _compare(
@@ -71,7 +64,7 @@ def _compare(
     known = {key_text(key) for key in stored.samples.keys.tolist()}
     bad = [*changed, *(record for record in structure if record.key and record.key not in known)]
     bad += [
-        BadSample(str(shard), "", f"{record.reason} (for programs that read without the index)")
+        BadSample(str(shard), "", f"{record.reason} (for programs that read without the index)", count=0)
         for record in structure
         if not record.key
     ]
@@ -80,7 +73,7 @@ def _compare(
     strangers = sorted(set(scanned.keys.tolist()) - set(stored.samples.keys.tolist()))
     bad += [BadSample(str(shard), key_text(key), "its index does not know it") for key in strangers]
     if not bad and not stored.fits(shard):
-        bad.append(BadSample(str(shard), "", "the shard changed after it was indexed, though in no sample"))
+        bad.append(BadSample(str(shard), "", "the shard changed after it was indexed, though in no sample", count=0))
     return intact.take(~np.isin(intact.keys, np.array(mismatched, dtype=np.bytes_))), tuple(bad)
 
 

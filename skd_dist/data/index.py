@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from skd_dist.data.bad_samples import BadSample, OnBad
 from skd_dist.data.index_build import BuildOptions, IndexedShard, index_shards
-from skd_dist.data.pack_file import check_complete
+from skd_dist.data.pack_file import check_set
 from skd_dist.data.shard_pool import OnProgress
 from skd_dist.data.shard_samples import SAMPLE_ARRAYS, Kind
 from skd_dist.data.shards import Location, list_shards
@@ -110,12 +110,12 @@ def load_index(
         on_progress: called after each shard that had to be read through.
 
     Raises:
-        UserError: no shards, a set that is not packed to its end, targets of two kinds, no sound sample at all. Unless
-            quarantined: an unsound shard, an index that does not fit its shard, a key in two shards.
+        UserError: no shards, a set that is not packed to its end, a shard that cannot be read, targets of two kinds, no
+            sound sample at all. Unless quarantined: an unsound shard, an index that does not fit its shard, a key in
+            two shards.
     """
     shards = list_shards(spec, flag=flag)
-    for folder in sorted({shard.parent for shard in shards if isinstance(shard, Path)}):
-        check_complete(folder, whole=folder == Path(spec))
+    check_set(spec, shards, flag=flag)
     options = BuildOptions(index_dir=index_dir, keep=keep, on_bad=on_bad)
     parts = index_shards(shards, options, on_progress=on_progress)
     _tell_unsaved(parts, flag)

@@ -3,6 +3,7 @@
     index there, fits its shard        -> read
     index there, does not fit          -> error, or quarantine: what its checksums still find
     none                               -> scan the shard, and keep the index if the shard is sound
+    shard or directory not readable    -> error, always
 
 What a damaged shard still holds is never kept as an index: the next run would take it for the whole.
 """
@@ -17,6 +18,7 @@ from skd_dist.data.bad_samples import BadSample, OnBad
 from skd_dist.data.index_file import StoredIndex, find_index, read_index, write_index
 from skd_dist.data.salvage import salvage
 from skd_dist.data.scan import survey_shard
+from skd_dist.data.shard_file import reading
 from skd_dist.data.shard_pool import OnProgress, map_shards
 from skd_dist.data.shard_samples import ShardSamples
 from skd_dist.data.shards import Location
@@ -66,6 +68,7 @@ def index_shards(
 
     Raises:
         UserError: as `scan_shard` and `read_index`, or an index does not fit its shard; the first such shard.
+            With quarantine only what `survey_shard` and `read_index` raise.
     """
     with ThreadPoolExecutor(_NUM_REQUESTS if any(isinstance(shard, str) for shard in shards) else 1) as threads:
         looked_up = zip(shards, threads.map(partial(_look_up, options=options), shards), strict=True)
@@ -79,24 +82,22 @@ def index_shards(
 
 def _look_up(shard: Location, options: BuildOptions) -> IndexedShard | None:
     """What the index of a shard says, if there is one and it fits."""
-    try:
-        stored = _find(shard, options)
-        return IndexedShard(samples=stored.samples) if stored is not None and stored.fits(shard) else None
-    except OSError:
-        # Whoever reads it through will say so, and quarantine it if that is wished.
-        return None
+    stored, fits = _find(shard, options)
+    return IndexedShard(samples=stored.samples) if stored is not None and fits else None
 
 
-def _find(shard: Location, options: BuildOptions) -> StoredIndex | None:
-    path = find_index(shard, index_dir=options.index_dir)
-    return read_index(path) if path is not None else None
+def _find(shard: Location, options: BuildOptions) -> tuple[StoredIndex | None, bool]:
+    with reading(shard):
+        path = find_index(shard, index_dir=options.index_dir)
+        stored = read_index(path) if path is not None else None
+        return stored, stored is not None and stored.fits(shard)
 
 
 def _build(shard: Location, options: BuildOptions) -> IndexedShard:
-    try:
-        stored = _find(shard, options)
-    except OSError:
-        stored = None
+    stored, fits = _find(shard, options)
+    if stored is not None and fits:
+        # Another run that began at the same time was here first.
+        return IndexedShard(samples=stored.samples)
     if stored is not None:
         samples, bad = salvage(shard, stored.samples)
         if options.on_bad == "error":

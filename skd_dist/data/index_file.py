@@ -1,7 +1,7 @@
 """The index of one shard as a file: plain arrays, nothing pickled.
 
 It lies beside its shard as `<name>.index.npz`, where the packer puts it, or in a directory of indexes under a name that
-holds a fingerprint of the shard, so that another shard of the same name has another index there.
+holds a hash of where the shard is, so that another shard of the same name has another index there.
 
 An index belongs to the content of its shard, not to a time stamp: shards can be copied with their indexes. When it is
 read, the shard must have the recorded size and fingerprint (a hash of the size and of 8 blocks spread over the shard).
@@ -20,7 +20,7 @@ from typing import BinaryIO
 import numpy as np
 
 from skd_dist.data.atomic import atomic_file
-from skd_dist.data.location import Location, ShardUrl
+from skd_dist.data.location import Location, ShardUrl, file_name
 from skd_dist.data.retry import AbsentError
 from skd_dist.data.shard_file import open_shard, read_blocks, sibling_url, size_of
 from skd_dist.data.shard_samples import KINDS, SAMPLE_ARRAYS, ShardSamples
@@ -53,9 +53,14 @@ class StoredIndex:
         return size_of(shard) == self.shard_size and fingerprint(shard) == self.fingerprint
 
 
+def stem(shard: Location) -> str:
+    """`https://host/train-000000.tar?token` -> `train-000000`."""
+    return file_name(shard).removesuffix(".tar")
+
+
 def index_path(shard: Location) -> Location:
     """`train-000000.tar` -> `train-000000.index.npz`, beside the shard."""
-    name = f"{_stem(shard)}{_SUFFIX}"
+    name = f"{stem(shard)}{_SUFFIX}"
     return shard.with_name(name) if isinstance(shard, Path) else sibling_url(ShardUrl(shard), name)
 
 
@@ -76,14 +81,16 @@ def fingerprint(shard: Location) -> str:
 def find_index(shard: Location, *, index_dir: Path | None) -> Location | None:
     """The index of a shard: the one beside it, else the one in `index_dir`, else None.
 
+    Whether it fits the shard is not looked at.
+
     Raises:
-        OSError: the shard cannot be read.
+        OSError: nobody can look there.
     """
     beside = index_path(shard)
     if _exists(beside):
         return beside
     if index_dir is not None:
-        kept = _path_in(index_dir, shard, fingerprint(shard))
+        kept = _path_in(index_dir, shard)
         return kept if kept.exists() else None
     return None
 
@@ -94,8 +101,7 @@ def write_index(shard: Location, samples: ShardSamples, *, index_dir: Path | Non
     Raises:
         OSError: the directory cannot be written, or the shard is remote and no directory is given.
     """
-    mark = fingerprint(shard)
-    path = index_path(shard) if index_dir is None else _path_in(index_dir, shard, mark)
+    path = index_path(shard) if index_dir is None else _path_in(index_dir, shard)
     if not isinstance(path, Path):
         raise OSError(f"no index is written beside the remote shard {shard}")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +112,7 @@ def write_index(shard: Location, samples: ShardSamples, *, index_dir: Path | Non
             kind=np.str_(samples.kind),
             ignored=np.array(samples.ignored, dtype=np.str_),
             shard_size=np.int64(size_of(shard)),
-            fingerprint=np.str_(mark),
+            fingerprint=np.str_(fingerprint(shard)),
             **{name: getattr(samples, name) for name in SAMPLE_ARRAYS},
         )
 
@@ -134,13 +140,11 @@ def read_index(path: Location) -> StoredIndex:
     return StoredIndex(path=path, samples=samples, shard_size=size, fingerprint=arrays["fingerprint"].item())
 
 
-def _stem(shard: Location) -> str:
-    name = shard.name if isinstance(shard, Path) else ShardUrl(shard).whole.partition("?")[0].rpartition("/")[2]
-    return name.removesuffix(".tar")
-
-
-def _path_in(index_dir: Path, shard: Location, mark: str) -> Path:
-    return index_dir / f"{_stem(shard)}-{mark}{_SUFFIX}"
+def _path_in(index_dir: Path, shard: Location) -> Path:
+    # By place, not by content: a shard that changed must meet its old index. A new signature is no new place.
+    place = str(shard.resolve() if isinstance(shard, Path) else ShardUrl(ShardUrl(shard).whole.partition("?")[0]))
+    mark = hashlib.blake2b(place.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+    return index_dir / f"{stem(shard)}-{mark}{_SUFFIX}"
 
 
 def _exists(path: Location) -> bool:

@@ -13,8 +13,13 @@ Location = Path | str
 PIPE = "pipe:"
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
-_USER = re.compile(r"(?<=://)[^/?#\s]*@")
-_QUERY = re.compile(r"\?(?=[^\s'\"]*=)[^\s'\"]*")
+_USER = re.compile(r"(?<=://)([^/?#\s]*|[^/?#\s:@]*:(?:(?!://)[^?#\s'\"])*)@")
+"""The second form is no URL, but people write it: a secret with a slash in it."""
+_HTTP_QUERY = re.compile(r"(?i:https?)://[^\s'\"?]*\?([^\s'\"]+)")
+"""All of it, for a token may stand alone; with other schemes `?` may belong to a pattern."""
+_QUERY = re.compile(r"\?(?=[^\s'\"]*=)([^\s'\"]*)")
+_PATTERNS = (_HTTP_QUERY, _QUERY, _USER)
+"""What is secret is the group of each."""
 _HIDDEN = "***"
 
 
@@ -52,6 +57,13 @@ def scheme_of(url: str) -> str:
     return url.partition(":")[0].lower()
 
 
+def file_name(location: Location) -> str:
+    """Last part of a path, or of a URL without its query."""
+    if isinstance(location, Path):
+        return location.name
+    return ShardUrl(location).whole.partition("?")[0].rpartition("/")[2]
+
+
 def redact(text: str, *, secrets_of: str = "") -> str:
     """Take credentials out of a text.
 
@@ -61,12 +73,19 @@ def redact(text: str, *, secrets_of: str = "") -> str:
     """
     for secret in _secrets(secrets_of):
         text = text.replace(secret, _HIDDEN)
-    return _QUERY.sub(f"?{_HIDDEN}", _USER.sub(f"{_HIDDEN}@", text))
+    for pattern in _PATTERNS:
+        text = pattern.sub(_hide, text)
+    return text
+
+
+def _hide(match: re.Match[str]) -> str:
+    start, end = (place - match.start() for place in match.span(1))
+    return f"{match[0][:start]}{_HIDDEN}{match[0][end:]}"
 
 
 def _secrets(url: str) -> list[str]:
     whole = str.__str__(url)
-    found = [match.group().strip("?@") for pattern in (_USER, _QUERY) for match in pattern.finditer(whole)]
+    found = [match[1] for pattern in _PATTERNS for match in pattern.finditer(whole)]
     passwords = [user.partition(":")[2] for user in found if ":" in user]
     # Longest first: a password is a part of what stands before the host.
     return sorted({secret for secret in found + passwords if secret}, key=len, reverse=True)

@@ -11,7 +11,7 @@ from webdataset import TarWriter
 
 from skd_dist.data.atomic import atomic_directory
 from skd_dist.data.index import ShardIndex
-from skd_dist.data.index_file import write_index
+from skd_dist.data.index_file import stem, write_index
 from skd_dist.data.scan import TARGET_EXTENSIONS, scan_shard
 from skd_dist.data.shard_file import open_shard
 from skd_dist.data.shards import Location
@@ -52,7 +52,7 @@ def write_sound(index: ShardIndex, out: Path) -> tuple[Path, ...]:
 
 
 def _names(shards: tuple[Location, ...]) -> list[str]:
-    names = [str(shard).rpartition("/")[2] for shard in shards]
+    names = [f"{stem(shard)}.tar" for shard in shards]
     if max(Counter(names).values()) > 1:
         return [f"shard-{number:06d}.tar" for number in range(len(shards))]
     return names

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from skd_dist.data.bad_samples import BadSample
 from skd_dist.data.checksum import checksum
-from skd_dist.data.shard_file import open_shard, size_of
+from skd_dist.data.shard_file import open_shard, reading, size_of
 from skd_dist.data.shard_samples import ShardSamples
 from skd_dist.data.shards import Location
 
@@ -22,13 +22,12 @@ def salvage(shard: Location, samples: ShardSamples) -> tuple[ShardSamples, tuple
 
     Returns:
         The samples whose bytes are those that were indexed, and a record for each of the others.
+
+    Raises:
+        UserError: the shard cannot be read.
     """
-    try:
+    with reading(shard):
         return _salvage(shard, samples)
-    except OSError as error:
-        nothing = samples.take(np.zeros(len(samples.keys), dtype=np.bool_))
-        line = f"the shard cannot be read: {error}"
-        return nothing, tuple(BadSample(str(shard), key, line) for key in map(key_text, samples.keys.tolist()))
 
 
 def key_text(key: bytes) -> str:

@@ -18,7 +18,8 @@ import numpy as np
 
 from skd_dist.data.bad_samples import BadSample, OnBad
 from skd_dist.data.checksum import checksum
-from skd_dist.data.shard_file import open_shard
+from skd_dist.data.pack_file import count_packed
+from skd_dist.data.shard_file import open_shard, reading
 from skd_dist.data.shard_samples import SAMPLE_ARRAYS, Kind, ShardSamples
 from skd_dist.data.shards import Location
 from skd_dist.data.tar_stream import Member, TarDamageError, TarStream
@@ -54,9 +55,9 @@ def scan_shard(shard: Location) -> ShardSamples:
     """Read one shard through, and find its samples.
 
     Raises:
-        UserError: the shard is not a sound, uncompressed tar file; it holds links or names that lead elsewhere; a
-            sample lacks its image or its target, or has two; a key is met again; there is no sample at all. Names the
-            shard and the key.
+        UserError: the shard cannot be read, or is not a sound, uncompressed tar file; it holds links or names that lead
+            elsewhere; a sample lacks its image or its target, or has two; a key is met again; there is no sample at
+            all. Names the shard and the key.
     """
     return survey_shard(shard, on_bad="error")[0]
 
@@ -68,14 +69,11 @@ def survey_shard(shard: Location, *, on_bad: OnBad) -> tuple[ShardSamples, tuple
         The sound samples (with "quarantine" there may be none), and what was left out.
 
     Raises:
-        UserError: as `scan_shard`; with "quarantine" only where one shard holds targets of two kinds.
+        UserError: as `scan_shard`; with "quarantine" only where the shard cannot be read or holds targets of two kinds.
     """
     scan = _Scan(shard, on_bad)
-    try:
-        with open_shard(shard) as file:
-            scan.read(file)
-    except OSError as error:
-        scan.lose_rest("cannot be read", got=error, expected="an uncompressed tar file")
+    with reading(shard), open_shard(shard) as file:
+        scan.read(file)
     if not scan.rows and not scan.bad:
         scan.lose_rest("has no samples", got=None, expected="images with targets, as tools/make_shards.py packs")
     return _as_arrays(scan.rows, scan.kind or "class", sorted(scan.ignored)), tuple(scan.bad)
@@ -103,7 +101,7 @@ class _Scan:
                 elif member.is_file:
                     self._add(member, stream)
             self._complete()
-        except (TarDamageError, OSError) as damage:
+        except TarDamageError as damage:
             self._end_in_damage(str(damage))
 
     def lose_rest(self, what: str, *, got: object, expected: str | None = None, do: str | None = None) -> None:
@@ -111,7 +109,12 @@ class _Scan:
         if self._on_bad == "error":
             raise UserError(f"shard {self._shard} {what}", got=got, expected=expected, do=do)
         line = UserError(f"the rest of the shard is lost: it {what}", got=got, expected=expected).line
-        self.bad.append(BadSample(str(self._shard), "", line))
+        self.bad.append(BadSample(str(self._shard), "", line, count=self._num_lost()))
+
+    def _num_lost(self) -> int | None:
+        """Samples nobody has seen; None: the packer has left no word of how many there were, or of other ones."""
+        num_packed = count_packed(self._shard)
+        return None if num_packed is None or num_packed < len(self._seen) else num_packed - len(self._seen)
 
     def _end_in_damage(self, damage: str) -> None:
         sample, self._sample = self._sample, None

@@ -60,6 +60,21 @@ class _RemoteFile(io.RawIOBase):
 
 
 @contextmanager
+def reading(location: Location) -> Iterator[None]:
+    """Make one line of what a disk refuses: never a damaged sample, for a mount that went away has none.
+
+    Raises:
+        UserError: where an OSError came.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"shard {location} cannot be read", got=error, do="make it readable, or copy it again"
+        ) from error
+
+
+@contextmanager
 def open_shard(location: Location) -> Iterator[BinaryIO]:
     """Open a shard for reading, from front to back or anywhere.
 

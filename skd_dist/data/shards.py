@@ -39,7 +39,7 @@ def list_shards(spec: str, *, flag: str, allow_pipe_urls: bool = False) -> tuple
         UserError: nothing is found, a file is missing or a place is named twice, a kind of URL is not known or not
             allowed, a store cannot list what it has.
     """
-    spec = _without_file_scheme(spec, flag)
+    spec = without_file_scheme(spec, flag=flag)
     path = Path(spec)
     shards: Sequence[Location]
     if is_url(spec):
@@ -58,8 +58,12 @@ def list_shards(spec: str, *, flag: str, allow_pipe_urls: bool = False) -> tuple
     return (*sorted(files), *sorted(urls))
 
 
-def _without_file_scheme(spec: str, flag: str) -> str:
-    """`file:///data/a.tar`, `file:data/a.tar` -> a path; anything else as it is."""
+def without_file_scheme(spec: str, *, flag: str) -> str:
+    """`file:///data/a.tar`, `file:data/a.tar` -> a path; anything else as it is.
+
+    Raises:
+        UserError: it names another host.
+    """
     if not spec.lower().startswith(_FILE):
         return spec
     path = _LOCAL_HOST.sub("", spec[len(_FILE) :], count=1)
@@ -127,7 +131,7 @@ def _from_list_file(path: Path, flag: str, allow_pipe_urls: bool) -> list[Locati
     if not path.is_file():
         raise UserError(f"{flag}: the list file does not exist", got=path)
     lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    names = [_without_file_scheme(line, flag) for line in lines if line]
+    names = [without_file_scheme(line, flag=flag) for line in lines if line]
     if not names:
         raise UserError(f"{flag}: the list file is empty", got=path, expected="one shard path or URL per line")
     shards: list[Location] = []

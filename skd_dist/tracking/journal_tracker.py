@@ -126,7 +126,7 @@ class JournalTracker:
     def log_teacher(self, what: TeacherEvent, data: Mapping[str, object]) -> None:
         self._record(what, **data)
 
-    def log_bad_samples(self, entries: Sequence[Mapping[str, str]], *, count: int) -> None:
+    def log_bad_samples(self, entries: Sequence[Mapping[str, object]], *, count: int) -> None:
         self._say_once("bad_samples", entries=[dict(entry) for entry in entries], count=count)
 
     def summary(self) -> dict[str, object]:

@@ -64,7 +64,7 @@ class RunTracker(Tracker, Protocol):
         """A teacher rank has lost its model, or has it again. From any thread."""
         ...
 
-    def log_bad_samples(self, entries: Sequence[Mapping[str, str]], *, count: int) -> None:
+    def log_bad_samples(self, entries: Sequence[Mapping[str, object]], *, count: int) -> None:
         """Samples that cannot be used: those found now, and how many there are in all."""
         ...
 

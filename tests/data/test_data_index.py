@@ -4,18 +4,20 @@ import logging
 import pickle
 import re
 import tracemalloc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
 
-from skd_dist.data import index_build
-from skd_dist.data.bad_samples import BadSample
+from skd_dist.data import index_build, salvage, scan
+from skd_dist.data.bad_samples import BadSample, OnBad
 from skd_dist.data.checksum import checksum
 from skd_dist.data.index import ShardIndex, join, load_index
 from skd_dist.data.index_build import IndexedShard
 from skd_dist.data.index_file import index_path
+from skd_dist.data.shard_file import open_shard
 from skd_dist.data.shard_samples import SAMPLE_ARRAYS, ShardSamples
 from skd_dist.errors import UserError
 
@@ -102,6 +104,73 @@ def test_index_that_does_not_fit_is_not_rebuilt(tmp_path: Path, pack_noise: Pack
     with pytest.raises(UserError, match=message):
         load_index(str(folder), flag=FLAG)
     assert index_path(shards[0]).read_bytes() == stale
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_changed_shard_is_an_error_wherever_its_index_is(tmp_path: Path, pack_noise: PackNoise, beside: bool) -> None:
+    folder, kept = pack_noise(tmp_path / "set", LABELS), None if beside else tmp_path / "kept"
+    packed = load_index(str(folder), flag=FLAG)
+    for shard in packed.shards if kept else ():
+        index_path(shard).unlink()  # type: ignore[union-attr]
+    assert load_index(str(folder), flag=FLAG, index_dir=kept).digest == packed.digest
+    shard = packed.shards[0]
+    assert isinstance(shard, Path)
+    data = bytearray(shard.read_bytes())
+    data[-4096:] = bytes(b ^ 1 for b in data[-4096:])
+    shard.write_bytes(data)
+    with pytest.raises(
+        UserError, match=rf"\.index\.npz does not fit its shard {shard}; got a shard that changed after"
+    ):
+        load_index(str(folder), flag=FLAG, index_dir=kept)
+    index = load_index(str(folder), flag=FLAG, index_dir=kept, on_bad="quarantine")
+    assert kept is None or len(list(kept.iterdir())) == 4
+    assert index.num_samples + len(index.bad) == 22
+
+
+def test_two_runs_that_index_the_same_shards(
+    tmp_path: Path, pack_noise: PackNoise, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other run has written its indexes after this one looked for them, and before it builds its own."""
+    folder = pack_noise(tmp_path / "set", LABELS)
+    packed = load_index(str(folder), flag=FLAG)
+    for shard in packed.shards:
+        index_path(shard).unlink()  # type: ignore[union-attr]
+
+    def after_the_other(work: Callable[[Path], IndexedShard], shards: list[Path], **_: object) -> list[IndexedShard]:
+        assert len(shards) == 4
+        monkeypatch.undo()
+        load_index(str(folder), flag=FLAG)
+        return list(map(work, shards))
+
+    monkeypatch.setattr(index_build, "map_shards", after_the_other)
+    assert load_index(str(folder), flag=FLAG).digest == packed.digest
+
+
+@pytest.mark.parametrize("on_bad", ["error", "quarantine"])
+@pytest.mark.parametrize("with_index", [True, False])
+def test_a_shard_that_cannot_be_read_is_always_an_error(
+    tmp_path: Path, pack_noise: PackNoise, monkeypatch: pytest.MonkeyPatch, on_bad: OnBad, with_index: bool
+) -> None:
+    folder = pack_noise(tmp_path / "set", LABELS)
+    shard = sorted(folder.glob("*.tar"))[1]
+    if with_index:
+        data = bytearray(shard.read_bytes())
+        data[-4096:] = b"?" * 4096
+        shard.write_bytes(data)
+    else:
+        index_path(shard).unlink()  # type: ignore[union-attr]
+
+    # The tests may run as root, whom no mode bits stop.
+    def refuse(location: Path) -> Iterator[BinaryIO]:
+        if location == shard:
+            raise OSError(5, "Input/output error")
+        return open_shard(location)  # type: ignore[return-value]
+
+    for module in (scan, salvage):
+        monkeypatch.setattr(module, "open_shard", refuse)
+    with pytest.raises(UserError, match=rf"^shard {shard} cannot be read; got .*Input/output error; make it readable"):
+        load_index(str(folder), flag=FLAG, on_bad=on_bad)
+    assert index_path(shard).exists() == with_index  # type: ignore[union-attr]
 
 
 def test_key_in_two_shards(tmp_path: Path, write_tar: WriteTar) -> None:

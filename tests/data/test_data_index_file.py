@@ -56,7 +56,9 @@ def test_a_copied_shard_keeps_its_index(shard: Path, tmp_path: Path) -> None:
     assert read_index(index_path(copy)).fits(copy)
 
 
-def test_an_index_directory_holds_indexes_by_content(shard: Path, tmp_path: Path, write_tar: WriteTar) -> None:
+def test_an_index_directory_holds_indexes_by_place(
+    shard: Path, tmp_path: Path, write_tar: WriteTar, monkeypatch: pytest.MonkeyPatch
+) -> None:
     index_path(shard).unlink()
     other = write_tar(tmp_path / "other" / shard.name, members(label=b"2"))
     kept = tmp_path / "kept" / "here"
@@ -65,13 +67,17 @@ def test_an_index_directory_holds_indexes_by_content(shard: Path, tmp_path: Path
         write_index(path, scan_shard(path), index_dir=kept)
     assert len(list(kept.iterdir())) == 2
     assert find_index(shard, index_dir=None) is None
-    moved = tmp_path / "moved" / shard.name
-    moved.parent.mkdir()
-    shard.rename(moved)
-    found = [find_index(path, index_dir=kept) for path in (moved, other)]
+    found = [find_index(path, index_dir=kept) for path in (shard, other)]
     assert [int(read_index(path).samples.labels[0]) for path in found if path is not None] == [1, 2]
-    write_index(moved, scan_shard(moved))
-    assert find_index(moved, index_dir=kept) == index_path(moved)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "other")
+    for same in (Path("other", shard.name), Path("link", shard.name)):
+        assert find_index(same, index_dir=kept) == found[1]
+    write_tar(shard, members(label=b"3"))
+    assert find_index(shard, index_dir=kept) == found[0]
+    assert found[0] is not None and not read_index(found[0]).fits(shard)
+    write_index(shard, scan_shard(shard))
+    assert find_index(shard, index_dir=kept) == index_path(shard)
 
 
 @pytest.mark.parametrize("change", ["other size", "other labels", "other names", "other order"])

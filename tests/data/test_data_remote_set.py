@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from faulty_http import FaultyHttpServer
@@ -13,6 +14,7 @@ from skd_dist.data.images import ImageTransform
 from skd_dist.data.index import ShardIndex, load_index
 from skd_dist.data.loader import ShardDataset, train_batches
 from skd_dist.data.range_cache import RangeCache
+from skd_dist.data.repair import write_sound
 from skd_dist.errors import UserError
 
 FLAG = "--train-shards"
@@ -35,6 +37,16 @@ def folder(tmp_path: Path, pack_noise: PackNoise) -> Path:
 def server(folder: Path) -> Iterator[FaultyHttpServer]:
     with FaultyHttpServer(folder) as server:
         yield server
+
+
+@pytest.fixture
+def in_memory(folder: Path) -> Iterator[str]:
+    """URL of the same folder in a store that can be listed."""
+    memory = fsspec.filesystem("memory")
+    for path in folder.iterdir():
+        memory.pipe(f"/bucket/set/{path.name}", path.read_bytes())
+    yield "memory://bucket/set/"
+    memory.rm("/bucket", recursive=True)
 
 
 def remote_spec(server: FaultyHttpServer) -> str:
@@ -84,8 +96,10 @@ def test_a_remote_set_without_indexes_is_read_through_once(
     assert load_index(remote_spec(server), flag=FLAG, index_dir=tmp_path / "indexes").digest == expected
     assert len(list((tmp_path / "indexes").iterdir())) == NUM_SHARDS
     server.gets.clear()
-    assert load_index(remote_spec(server), flag=FLAG, index_dir=tmp_path / "indexes").digest == expected
-    ranges = [header.removeprefix("bytes=").split("-") for path, header in server.gets if path.endswith(".tar")]
+    signed = f"{remote_spec(server)}?signature=other"
+    assert load_index(signed, flag=FLAG, index_dir=tmp_path / "indexes").digest == expected
+    assert len(list((tmp_path / "indexes").iterdir())) == NUM_SHARDS
+    ranges = [header.removeprefix("bytes=").split("-") for path, header in server.gets if ".tar" in path]
     # A few blocks, to see that the index is that of the shard.
     assert len(ranges) >= NUM_SHARDS and all(int(end) - int(start) < 4096 for start, end in ranges)
 
@@ -113,6 +127,26 @@ def test_damage_on_the_way_is_named(server: FaultyHttpServer) -> None:
         UserError, match=r"^shard http://.*/shard-00000\d.tar: image noise_00\d\d cannot be used; got its "
     ):
         batches_of(index)
+
+
+def test_a_remote_directory_is_a_whole_set_or_refused(folder: Path, in_memory: str) -> None:
+    assert load_index(in_memory, flag=FLAG).digest == load_index(str(folder), flag=FLAG).digest
+    memory = fsspec.filesystem("memory")
+    memory.rm(f"{in_memory}shard-000001.tar")
+    with pytest.raises(
+        UserError, match=rf"^shards are missing in {in_memory}; got no shard-000001.tar; expected all 3 "
+    ):
+        load_index(in_memory, flag=FLAG)
+    assert load_index(f"{in_memory}*.tar", flag=FLAG).num_samples == 14
+    memory.pipe(f"{in_memory}pack.partial.json", b"{}")
+    with pytest.raises(UserError, match=rf"^the shards in {in_memory} are not all packed; got pack.partial.json"):
+        load_index(in_memory, flag=FLAG)
+
+
+def test_repaired_shards_have_the_names_of_files(server: FaultyHttpServer, tmp_path: Path) -> None:
+    index = load_index(f"{remote_spec(server)}?X-Signature=s3cret", flag=FLAG)
+    assert [path.name for path in write_sound(index, tmp_path / "out")] == [f"shard-{i:06d}.tar" for i in range(3)]
+    assert load_index(str(tmp_path / "out"), flag=FLAG).digest == index.digest
 
 
 def test_a_shard_that_is_not_there_is_named(server: FaultyHttpServer) -> None:

@@ -15,6 +15,7 @@ from webdataset.tariterators import base_plus_ext
 from skd_dist.data import index_file, scan
 from skd_dist.data.bad_samples import BadSample
 from skd_dist.data.checksum import checksum
+from skd_dist.data.pack_file import PACK_FORMAT, write_pack
 from skd_dist.data.scan import OnBad, scan_shard, survey_shard
 from skd_dist.data.shard_samples import SAMPLE_ARRAYS
 from skd_dist.errors import UserError
@@ -179,7 +180,8 @@ def test_damaged_shards(tmp_path: Path, write_tar: WriteTar, kind: str, place: s
     samples, bad = survey_shard(path, on_bad="quarantine")
     assert samples.keys.tolist() == [b"%d" % i for i in range(num_sound)]
     assert samples.image_checksum.tolist() == [checksum(b"x" * 300)] * num_sound
-    rest = BadSample(str(path), "", f"the rest of the shard is lost: it is cut short or damaged {place}; got {got}")
+    lost = f"the rest of the shard is lost: it is cut short or damaged {place}; got {got}"
+    rest = BadSample(str(path), "", lost, count=None)
     incomplete = BadSample(str(path), "5", f"the shard is cut short or damaged inside it; got {got}")
     assert bad == ((incomplete, rest) if place == "inside sample 5" else (rest,))
 
@@ -217,9 +219,8 @@ def test_missing_files(tmp_path: Path) -> None:
     path = tmp_path / "gone.tar"
     with pytest.raises(UserError, match=r"gone\.tar cannot be read; got .*No such file"):
         scan_shard(path)
-    samples, bad = survey_shard(path, on_bad="quarantine")
-    assert len(samples.keys) == 0
-    assert [(record.shard, record.key) for record in bad] == [(str(path), "")]
+    with pytest.raises(UserError, match=r"gone\.tar cannot be read; got .*No such file"):
+        survey_shard(path, on_bad="quarantine")
 
 
 def test_a_file_that_breaks_while_it_is_read(
@@ -235,6 +236,21 @@ def test_a_file_that_breaks_while_it_is_read(
             return super().read(min(size or 0, 100))
 
     monkeypatch.setattr(scan, "open_shard", lambda shard: Broken(path.read_bytes()))
+    with pytest.raises(UserError, match=rf"^shard {path} cannot be read; got .*Input/output error; make it readable"):
+        survey_shard(path, on_bad="quarantine")
+
+
+@pytest.mark.parametrize(("num_packed", "lost"), [(10, 6), (4, 0), (3, None), (None, None)])
+def test_pack_json_says_how_many_are_lost(
+    tmp_path: Path, write_tar: WriteTar, num_packed: int | None, lost: int | None
+) -> None:
+    path = write_tar(tmp_path / "s.tar", TEN)
+    with tarfile.open(path) as tar:
+        end = tar.getmember("4.cls").offset
+    path.write_bytes(path.read_bytes()[:end])
+    if num_packed is not None:
+        shards = [{"name": "s.tar", "num_samples": num_packed}]
+        write_pack(tmp_path, {"format": PACK_FORMAT, "tiers": [{"shards": shards}]})
     samples, bad = survey_shard(path, on_bad="quarantine")
-    assert samples.keys.tolist() == [b"%d" % i for i in range(5)]
-    assert [record.key for record in bad] == [""] and "Input/output error" in bad[0].reason
+    assert samples.keys.tolist() == [b"%d" % i for i in range(4)]
+    assert [(record.key, record.count) for record in bad] == [("", lost)]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from faulty_http import FaultyHttpServer
 from PIL import Image
 
 from skd_dist.data.index import ShardIndex, load_index
@@ -77,8 +78,8 @@ def test_without_an_index_there_is_nothing_to_hold_bytes_against(
     assert f"  shard {shard}: sample noise_0003: it cannot be decoded: " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("with_index", [True, False])
-def test_a_cut_shard(shards: list[Path], capsys: pytest.CaptureFixture[str], with_index: bool) -> None:
+@pytest.mark.parametrize(("with_index", "with_pack"), [(True, True), (False, True), (False, False)])
+def test_a_cut_shard(shards: list[Path], capsys: pytest.CaptureFixture[str], with_index: bool, with_pack: bool) -> None:
     folder = shards[0].parent
     whole = load_index(str(folder), flag="--train-shards")
     in_shard = sorted((int(whole.image_offset[i]), i) for i in range(15) if whole.shard_id[i] == 1)
@@ -86,6 +87,8 @@ def test_a_cut_shard(shards: list[Path], capsys: pytest.CaptureFixture[str], wit
     shards[1].write_bytes(shards[1].read_bytes()[:end])
     if not with_index:
         index_path(shards[1]).unlink()  # type: ignore[union-attr]
+    if not with_pack:
+        (folder / "pack.json").unlink()
     assert main([str(folder)]) == 1
     lines = capsys.readouterr().out.splitlines()
     keys = [whole.key(i) for _, i in in_shard]
@@ -94,9 +97,8 @@ def test_a_cut_shard(shards: list[Path], capsys: pytest.CaptureFixture[str], wit
         lost = f"the shard ends at byte {end}: 4 of its 7 samples are lost"
         assert lines[1:5] == [f"  shard {shards[1]}: sample {key}: {lost}" for key in keys[3:]]
     else:
-        assert (
-            lines[0] == f"{folder}: unsound: 1 samples damaged and an unknown number lost; 11 sound samples in 3 shards"
-        )
+        lost = "4 samples damaged" if with_pack else "1 samples damaged and an unknown number lost"
+        assert lines[0] == f"{folder}: unsound: {lost}; 11 sound samples in 3 shards"
         assert lines[1].startswith(
             f"  shard {shards[1]}: sample {keys[3]}: the shard is cut short or damaged inside it"
         )
@@ -189,6 +191,33 @@ def test_sets_of_which_nothing_is_sound(
         f"{mixed.parent}: unsound: shard {mixed}: sample b has a .mask.png member among samples of kind class"
         in printed
     )
+
+
+def test_a_set_that_is_not_all_there(shards: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    folder = shards[0].parent
+    shards[1].unlink()
+    assert main([str(folder)]) == 1
+    assert capsys.readouterr().out.startswith(
+        f"{folder}: unsound: shards are missing in {folder}; got no {shards[1].name}; expected all 3 shards"
+    )
+    (folder / "pack.json").rename(folder / "pack.partial.json")
+    assert main([f"{folder}/*.tar"]) == 1
+    assert f"unsound: the shards in {folder} are not all packed; got pack.partial.json" in capsys.readouterr().out
+
+
+def test_credentials_are_not_printed(
+    shards: list[Path], tmp_path: Path, write_tar: WriteTar, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, target in (("a", "cls"), ("b", "mask.png")):
+        write_tar(tmp_path / "mixed" / f"{name}.tar", [(f"{name}.{target}", b"1"), (f"{name}.jpg", b"x")])
+    with FaultyHttpServer(tmp_path) as server:
+        at = f"http://me:s3cret@{server.address}"
+        sets = [f"{at}/set/{shards[0].name}?t0p", f"{at}/mixed/{{a,b}}.tar?t0p=1", f"{at}/mixed/gone.tar?t0p"]
+        assert [main([path]) for path in sets] == [0, 1, 1]
+    printed = capsys.readouterr()
+    lines = [line for line in printed.out.splitlines() if line.startswith("http")]
+    assert len(lines) == 3 and "several kinds" in lines[1] and all("***" in line for line in lines)
+    assert not re.search("s3cret|t0p", printed.out + printed.err)
 
 
 @pytest.mark.parametrize(
