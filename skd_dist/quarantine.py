@@ -151,11 +151,12 @@ class Quarantine:
     def _add(self, entries: Sequence[Entry]) -> None:
         new = {entry.identity: entry for entry in entries if entry.identity not in self._agreed}
         self._agreed |= new
-        unlisted = [entry for identity, entry in new.items() if identity not in self._listed]
+        # Also what a resume point knew and the list, removed since, did not.
+        unlisted = [entry for identity, entry in self._agreed.items() if identity not in self._listed]
         if unlisted and self._board.rank == 0:
             with cannot_go_on_without(self._path):
                 append_entries(self._path, unlisted)
-        self._listed |= new.keys()
+        self._listed |= self._agreed.keys()
         if unlisted:
             self._on_found(unlisted, _total(self._agreed.values()))
         for split in self._num_samples:
@@ -180,7 +181,7 @@ class Quarantine:
             f"too many samples of the {split} split cannot be used",
             got=f"{count} of {num_samples} ({named}; the last because of: {(unknown or bad)[-1].reason})",
             expected=f"at most --max-bad-frac {self._max_frac:g}, which is {int(self._max_frac * num_samples)}",
-            do=f"repair the shards; all are listed in {self._path}",
+            do=f"repair the shards, then remove {self._path}, which lists them; or raise --max-bad-frac",
         )
 
 

@@ -221,7 +221,7 @@ def test_too_many_end_all_students_with_one_line(tmp_path: Path) -> None:
     expected = (
         "too many samples of the train split cannot be used; got 3 of 100 (a of shard s.tar, b of shard s.tar, "
         "c of shard s.tar; the last because of: is broken); expected at most --max-bad-frac 0.02, which is 2; "
-        f"repair the shards; all are listed in {tmp_path / FILE}"
+        f"repair the shards, then remove {tmp_path / FILE}, which lists them; or raise --max-bad-frac"
     )
     assert together(both, line_of) == [expected, expected]
     assert listed(tmp_path) == ["a", "b", "c"]
