@@ -68,7 +68,7 @@ class Student:
             record={"stage": {"name": "stem"}, "identity": {"seed": 0, "num_students": 2}},
             notes=lambda step: {"mlflow": {"parent_run_id": f"of student {rank}"}, "loader": {"position": 7 * step}},
             frozen={"model.frozen": torch.ones(1)},
-            quarantine=Quarantine(root, board=board, num_samples={}, max_frac=0, on_found=pytest.fail),
+            quarantine=Quarantine(root, board=board, num_samples={}, num_indexed={}, max_frac=0, on_found=pytest.fail),
             stop_asked=lambda: self.stop,
             no_teacher=lambda: self.no_teacher,
             on_saved=lambda step, seconds: self.saved.append(step),

@@ -34,6 +34,7 @@ from skd_dist.errors import UserError
 from skd_dist.job.blackboard import Blackboard
 from skd_dist.meters import sum_over_students
 from skd_dist.progress import StageProgress
+from skd_dist.quarantine import Quarantine
 from skd_dist.resume_point import FROZEN, newest_sound
 
 CPU = torch.device("cpu")
@@ -95,7 +96,10 @@ class World:
             interval=Interval(steps=1),
             record={"stage": {"name": root.name}, "identity": {"num_students": self.size}},
             frozen={name: value for name, value in self.initial.items() if name in self.frozen and name not in buffers},
-            notes=dict,
+            notes=lambda step: {},
+            quarantine=Quarantine(
+                root, board=self.board, num_samples={}, num_indexed={}, max_frac=0, on_found=lambda entries, count: None
+            ),
             stop_asked=lambda: False,
             no_teacher=lambda: None,
             on_saved=lambda step, seconds: None,
