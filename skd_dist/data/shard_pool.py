@@ -1,4 +1,4 @@
-"""The same work on many shards, on all cores."""
+"""The same work on many shards, on all cores, in processes that die with this one."""
 
 import multiprocessing
 import os
@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from skd_dist.data.shard_file import size_of
 from skd_dist.data.shards import Location
+from skd_dist.lifeline import die_with
 
 OnProgress = Callable[[int, int], None]
 """Told how many of how many shards are done."""
@@ -42,7 +43,8 @@ def map_shards(
     if workers <= 1:
         return _collect(map(work, shards), len(shards), on_progress)
     # spawn: this process may hold threads and CUDA, which a fork would inherit.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=die_with, initargs=(os.getpid(),)) as pool:
         try:
             return _collect(pool.map(work, shards), len(shards), on_progress)
         except BaseException:
