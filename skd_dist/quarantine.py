@@ -220,14 +220,17 @@ def read_entries(path: Path) -> list[Entry]:
     """What is listed; a last line that a crash cut short is removed.
 
     Raises:
-        UserError: any other line cannot be read.
+        UserError: the file or any other line cannot be read.
     """
     if not path.exists():
         return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        os.truncate(path, len(whole))
+    try:
+        content = path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            os.truncate(path, len(whole))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read", got=error) from error
     try:
         return [_entry(json.loads(line)) for line in whole.splitlines()]
     except (ValueError, TypeError) as error:
