@@ -21,7 +21,7 @@ from skd_dist.data.bad_samples import BadSample, OnBad
 from skd_dist.data.index_build import BuildOptions, IndexedShard, index_shards
 from skd_dist.data.pack_file import check_set
 from skd_dist.data.shard_pool import OnProgress
-from skd_dist.data.shard_samples import SAMPLE_ARRAYS, Kind
+from skd_dist.data.shard_samples import SAMPLE_ARRAYS, Kind, SampleColumns
 from skd_dist.data.shards import Location, list_shards
 from skd_dist.errors import UserError
 
@@ -32,8 +32,8 @@ _NUM_NAMED = 8
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ShardIndex:
-    """Where each of N samples lies, by sample id."""
+class ShardIndex(SampleColumns):
+    """All samples of a set of shards; sample id = place in the arrays. Keys are unique and ascend."""
 
     shards: tuple[Location, ...]
     kind: Kind
@@ -42,22 +42,6 @@ class ShardIndex:
     """What was left out, in the order of the shards."""
     shard_id: NDArray[np.int32]
     """[N], position in `shards`."""
-    image_offset: NDArray[np.int64]
-    """[N], bytes from the start of the shard."""
-    image_size: NDArray[np.uint32]
-    """[N], bytes."""
-    image_checksum: NDArray[np.uint64]
-    """[N], of the image's bytes, as `checksum` gives it."""
-    target_offset: NDArray[np.int64]
-    """[N], bytes from the start of the shard."""
-    target_size: NDArray[np.uint32]
-    """[N], bytes."""
-    target_checksum: NDArray[np.uint64]
-    """[N]."""
-    labels: NDArray[np.int64]
-    """[N], >= 0; 0 where the target is a mask or boxes."""
-    keys: NDArray[np.bytes_]
-    """[N], UTF-8, ascending, unique."""
 
     @property
     def num_samples(self) -> int:

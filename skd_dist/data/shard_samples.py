@@ -13,12 +13,9 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
-class ShardSamples:
-    """The samples of one shard, in the order of the tar file; M of them."""
+class SampleColumns:
+    """Where samples lie and what they are: one value of each array for each of M samples."""
 
-    kind: Kind
-    ignored: tuple[str, ...]
-    """Extensions of the members that are not read, sorted."""
     keys: NDArray[np.bytes_]
     """[M], UTF-8."""
     labels: NDArray[np.int64]
@@ -28,13 +25,22 @@ class ShardSamples:
     image_size: NDArray[np.uint32]
     """[M], bytes."""
     image_checksum: NDArray[np.uint64]
-    """[M], of the payload, as `checksum` gives it."""
+    """[M], of the image's bytes, as `checksum` gives it."""
     target_offset: NDArray[np.int64]
     """[M], bytes from the start of the shard."""
     target_size: NDArray[np.uint32]
     """[M], bytes."""
     target_checksum: NDArray[np.uint64]
     """[M]."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+class ShardSamples(SampleColumns):
+    """The samples of one shard, in the order of the tar file."""
+
+    kind: Kind
+    ignored: tuple[str, ...]
+    """Extensions of the members that are not read, sorted."""
 
     def take(self, places: NDArray[np.bool_]) -> "ShardSamples":
         """Some of the samples; `places` is a mask, [M]."""
@@ -52,4 +58,4 @@ SAMPLE_ARRAYS: dict[str, type[np.generic]] = {
     "target_size": np.uint32,
     "target_checksum": np.uint64,
 }
-"""Name and type of each array of ShardSamples."""
+"""Name and type of each array of SampleColumns."""
