@@ -21,6 +21,7 @@
     sources/       folder, zip, list, data set -> samples        digits.py       scikit-learn's digits -> shards
     pack.py        samples -> shards, by way of pack_plan.py (which goes where), pack_image.py (bytes), pack_workers.py
     seeds.py       every random number of the above              atomic.py       whole files or none
+    positional_file.py  a file that is read by place, for what lies behind URLs and in zips
 
 Nothing in a shard is unpickled or executed.
 """

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from skd_dist.data.location import PIPE, Location, ShardUrl
+from skd_dist.data.positional_file import PositionalFile
 from skd_dist.data.remote import read_range, stat
 from skd_dist.errors import UserError
 
@@ -22,40 +23,22 @@ _BUFFER_BYTES = 2**20
 """Of local files: read from front to back, they are read in pieces of this size."""
 
 
-class _RemoteFile(io.RawIOBase):
-    """A remote file, read-only and seekable; every read is one request for a range."""
+class _RemoteFile(PositionalFile):
+    """A remote file; every read is one request for a range."""
 
     def __init__(self, url: ShardUrl) -> None:
+        super().__init__(stat(url).size)
         self._url = url
-        self._size = stat(url).size
-        self._position = 0
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        self._position = max(0, start + offset)
-        return self._position
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        size = max(0, min(len(buffer), self._size - self._position, _REQUEST_BYTES))
-        buffer[:size] = read_range(self._url, offset=self._position, size=size)
-        self._position += size
-        return size
+    def read_at(self, offset: int, size: int) -> bytes:
+        return read_range(self._url, offset=offset, size=min(size, _REQUEST_BYTES))
 
     def readall(self) -> bytes:
         """All that is left; Python's own way would ask for it in pieces of 8 KiB."""
         pieces: list[bytes] = []
-        while self._position < self._size:
-            piece = bytearray(_REQUEST_BYTES)
-            pieces.append(bytes(piece[: self.readinto(memoryview(piece))]))
+        while self.position < self.size:
+            pieces.append(self.read_at(self.position, self.size - self.position))
+            self.position += len(pieces[-1])
         return b"".join(pieces)
 
 

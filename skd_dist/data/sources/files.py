@@ -1,6 +1,5 @@
 """The files of a folder or a zip, without unpacking it."""
 
-import io
 import os
 import zipfile
 from collections.abc import Callable, Iterator
@@ -9,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 
+from skd_dist.data.positional_file import PositionalFile
 from skd_dist.errors import UserError
 
 
@@ -64,32 +64,15 @@ def _visible(files: Files) -> Files:
     }
 
 
-class _ByPosition(io.RawIOBase):
+class _ByPosition(PositionalFile):
     """A file read by pread: an ordinary one shares its position with every process that is forked, and is mixed up."""
 
     def __init__(self, path: Path) -> None:
         self._fd = os.open(path, os.O_RDONLY)
-        self._position = 0
+        super().__init__(os.fstat(self._fd).st_size)
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position}.get(whence)
-        self._position = offset + (os.fstat(self._fd).st_size if base is None else base)
-        return self._position
-
-    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
-        data = os.pread(self._fd, len(buffer), self._position)
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)
+    def read_at(self, offset: int, size: int) -> bytes:
+        return os.pread(self._fd, size, offset)
 
     def close(self) -> None:
         if not self.closed:
