@@ -30,7 +30,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
     ("teacher_ranks", "teacher_placement", "deepspeed_config", "micro_batch_size", "num_workers", "run_dir")
     + ("tracking_uri", "experiment", "resume", "prefetch", "network_interface", "toy", "dry_run", "name")
     + ("resume_or_start", "checkpoint_every", "grace", "stall_timeout", "teacher_timeout")
-    + ("index_dir", "cache_dir", "cache_gib", "on_bad_sample", "max_bad_frac")
+    + ("index_dir", "allow_pipe_urls", "cache_dir", "cache_gib", "on_bad_sample", "max_bad_frac")
 )
 """Fields that say where and how a run is computed, not what: tags in MLflow, where parameters are written once."""
 
@@ -50,6 +50,8 @@ class RunConfig:
     """Test shards, likewise; measured once, with the finished student."""
     index_dir: Path | None = None
     """Where indexes of shards without one are kept, by the place of the shard; default: beside the shards."""
+    allow_pipe_urls: bool = False
+    """Run the shell commands of pipe: shards, once per node; their output is kept in --cache-dir."""
     teacher: str | None = None
     """timm name of the teacher."""
     teacher_checkpoint: str | None = None
@@ -168,6 +170,11 @@ class RunConfig:
     def teacher_timeout_s(self) -> float:
         return self.stall_timeout / 2 if self.teacher_timeout is None else self.teacher_timeout
 
+    @property
+    def pipe_dir(self) -> Path | None:
+        """Where the output of `pipe:` shards goes; None: they are refused."""
+        return self.cache_dir / "pipes" if self.allow_pipe_urls and self.cache_dir is not None else None
+
     def selection_spec(self) -> SelectionSpec:
         """Which training samples are wanted, with which labels.
 
@@ -245,6 +252,8 @@ def check_config(config: RunConfig) -> None:
     _check_range("--shuffle-window", config.shuffle_window, low=0)
     if not (config.cache_gib >= _CACHE_GIB_MIN and math.isfinite(config.cache_gib)):
         raise UserError("--cache-gib cannot be used", got=config.cache_gib, expected=f"{_CACHE_GIB_MIN} or more")
+    if config.allow_pipe_urls and config.cache_dir is None:
+        raise UserError("--allow-pipe-urls has no place for what the commands write", do="give --cache-dir")
     if not 0 <= config.max_bad_frac <= 1:
         raise UserError("--max-bad-frac cannot be used", got=config.max_bad_frac, expected="0 to 1")
     if not 0 < config.fraction <= 1:

@@ -140,6 +140,7 @@ def open_split(
         flag=flag,
         keep=keep_index,
         index_dir=config.index_dir,
+        pipe_dir=config.pipe_dir,
         on_bad=config.on_bad_sample,
         on_progress=on_progress,
     )

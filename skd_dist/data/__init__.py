@@ -17,6 +17,7 @@
     decode.py      bytes -> pixels, in bounded memory            images.py       crops, resizing, augmentation
     dataset.py     rows -> slots of a batch, or why not          bad_samples.py  what is said of those that fail
     fetch.py       requests -> pixels, by workers                loader.py       the stream of Batch of one student
+    pipe.py        the output of a command as a shard
     stream.py      batches from shards without ranges            shard_stream.py one such shard
     sources/       folder, zip, list, data set -> samples        digits.py       scikit-learn's digits -> shards
     pack.py        samples -> shards, by way of pack_plan.py (which goes where), pack_image.py (bytes), pack_workers.py

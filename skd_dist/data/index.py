@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from skd_dist.data.bad_samples import BadSample, OnBad
 from skd_dist.data.index_build import BuildOptions, IndexedShard, index_shards
 from skd_dist.data.pack_file import check_set
+from skd_dist.data.pipe import fetch_pipes
 from skd_dist.data.shard_pool import OnProgress
 from skd_dist.data.shard_samples import SAMPLE_ARRAYS, Kind, SampleColumns
 from skd_dist.data.shards import Location, list_shards
@@ -80,6 +81,7 @@ def load_index(
     flag: str,
     keep: bool = True,
     index_dir: Path | None = None,
+    pipe_dir: Path | None = None,
     on_bad: OnBad = "error",
     on_progress: OnProgress | None = None,
 ) -> ShardIndex:
@@ -88,8 +90,9 @@ def load_index(
     Args:
         spec: directory, pattern or list file, see `list_shards`.
         flag: the option that gave `spec`, named in errors.
-        keep: whether an index that had to be built may be written.
+        keep: whether an index that had to be built, or the output of a command, may be written.
         index_dir: where indexes are kept that do not lie beside their shards; None: beside them.
+        pipe_dir: where the output of `pipe:` commands is kept; None: they are refused.
         on_bad: "quarantine" leaves out what is not sound and lists it in `bad`.
         on_progress: called after each shard that had to be read through.
 
@@ -98,8 +101,10 @@ def load_index(
             sound sample at all. Unless quarantined: an unsound shard, an index that does not fit its shard, a key in
             two shards.
     """
-    shards = list_shards(spec, flag=flag)
+    shards = list_shards(spec, flag=flag, allow_pipe_urls=pipe_dir is not None)
     check_set(spec, shards, flag=flag)
+    if pipe_dir is not None:
+        shards = fetch_pipes(shards, pipe_dir, may_write=keep)
     options = BuildOptions(index_dir=index_dir, keep=keep, on_bad=on_bad)
     parts = index_shards(shards, options, on_progress=on_progress)
     _tell_unsaved(parts, flag)

@@ -19,7 +19,8 @@ from typing import IO, Any, NamedTuple
 from webdataset.handlers import reraise_exception
 from webdataset.tariterators import group_by_keys
 
-from skd_dist.data.location import PIPE, Location, ShardUrl
+from skd_dist.data.location import Location, ShardUrl
+from skd_dist.data.pipe import check_exit_code, is_pipe, start_command
 from skd_dist.data.scan import IMAGE_EXTENSIONS, LABEL_EXTENSION
 from skd_dist.data.shard_file import open_shard
 from skd_dist.errors import UserError
@@ -164,12 +165,11 @@ def _complete(location: Location, sample: dict[str, Any]) -> StreamSample:
 
 @contextmanager
 def _open_stream(location: Location) -> Iterator[IO[bytes]]:
-    if not (isinstance(location, str) and location.startswith(PIPE)):
+    if isinstance(location, Path) or not is_pipe(location):
         with open_shard(location) as file:
             yield file
         return
-    command = ShardUrl(location).whole.removeprefix(PIPE)
-    with subprocess.Popen(command, shell=True, stdout=subprocess.PIPE) as process:
+    with start_command(ShardUrl(location)) as process:
         assert process.stdout is not None
         try:
             yield process.stdout
@@ -189,5 +189,4 @@ def _check_ended(process: "subprocess.Popen[bytes]", url: ShardUrl) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         return
-    if code:
-        raise UserError("the command of a shard failed", got=f"exit code {code} of {url}")
+    check_exit_code(code, url)

@@ -2,7 +2,7 @@
 
 A directory, a brace or glob pattern as webdataset writes them, or a list file; or the same as URLs of any scheme that
 fsspec knows. What is behind a URL is looked at when its index is read, not here; only directories and globs ask the
-store. A `pipe:` runs a shell command and is refused unless it was allowed; it can be streamed and nothing else.
+store. A `pipe:` runs a shell command and is refused unless it was allowed.
 """
 
 import fnmatch
@@ -78,7 +78,7 @@ def _check_url(url: ShardUrl, flag: str, allow_pipe_urls: bool) -> None:
             raise UserError(
                 f"{flag}: a pipe: URL runs a shell command and is refused",
                 got=url,
-                do="write the shards to files; only skd_dist.data.stream reads pipes, where it is allowed to",
+                do="write the shards to files, or start a run with --allow-pipe-urls if you trust the command",
             )
     elif "::" in url or not is_known_scheme(url):
         raise UserError(

@@ -122,7 +122,9 @@ def test_pipes_are_refused_unless_allowed(tmp_path: Path) -> None:
     message = "--train-shards: a pipe: URL runs a shell command and is refused; got pipe:curl https://***@host/a-"
     (tmp_path / "list.txt").write_text(f"{pipe}\n")
     for spec in (pipe, str(tmp_path / "list.txt")):
-        with pytest.raises(UserError, match=f"^{re.escape(message)}.*write the shards to files") as caught:
+        with pytest.raises(
+            UserError, match=f"^{re.escape(message)}.*write the shards to files, or start a run with --allow-pipe-urls"
+        ) as caught:
             list_shards(spec, flag=FLAG)
         assert "secret" not in caught.value.line
     assert spread(pipe, allow_pipe_urls=True) == [
