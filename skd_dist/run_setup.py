@@ -85,13 +85,14 @@ def lock_directory(job: Job, config: RunConfig, key: str, emergency: Emergency) 
 def prepare_together(job: Job, config: RunConfig, key: str) -> Prepared:
     """Rank 0 first, because it may have to write the index; then everybody, who must find the same."""
     num_students = len(job.roles.student_ranks)
+    prepared: Prepared | None = None
     with agreed(job, f"{key}/data"):
         if job.world.rank == 0:
             unpack_embedded_data(config)
             with waiting_bar("shards indexed") as on_progress:
-                prepare_run(config, num_students=num_students, on_progress=on_progress)
+                prepared = prepare_run(config, num_students=num_students, on_progress=on_progress)
     with agreed(job, f"{key}/prepare"):
-        prepared = prepare_run(config, num_students=num_students)
+        prepared = prepared or prepare_run(config, num_students=num_students)
     _check_same(job, f"{key}/plan", prepared.plan.digest(), what="plan")
     _check_same(job, f"{key}/samples", prepared.splits.digest, what="choice of training samples")
     _check_same(job, f"{key}/rest", prepared.splits.rest_digest, what="view of the shards")
