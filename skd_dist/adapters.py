@@ -61,12 +61,13 @@ def _resize(maps: Tensor, *, height: int, width: int) -> Tensor:
     return F.interpolate(maps, size=(height, width), mode="bilinear", align_corners=False)
 
 
-def make_adapter(student: FeatureShape, teacher: FeatureShape) -> nn.Module:
+def make_adapter(student: FeatureShape, teacher: FeatureShape, *, always_project: bool = False) -> nn.Module:
     """A module that takes the student's feature to the shape of the teacher's.
 
     Args:
         student: shape of what comes in, per image.
         teacher: shape of what goes out, per image.
+        always_project: put a projection even where the widths agree, as a hint's regressor.
 
     Returns:
         `nn.Identity` where the shapes agree; `ReshapeFeature` where layout or size differ; a projection to the
@@ -78,7 +79,7 @@ def make_adapter(student: FeatureShape, teacher: FeatureShape) -> nn.Module:
     """
     in_place = dataclasses.replace(teacher, channels=student.channels)
     steps: list[nn.Module] = [] if in_place == student else [ReshapeFeature(student, teacher)]
-    if student.channels != teacher.channels:
+    if always_project or student.channels != teacher.channels:
         steps.append(_projection(student.channels, teacher.channels, layout=teacher.layout))
     if not steps:
         return nn.Identity()

@@ -4,7 +4,7 @@ Shape letters used everywhere: N images of a micro-batch, C channels, H height, 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -66,21 +66,57 @@ class PlanContext:
     teacher_groups: tuple[str, ...] | None
     matching: tuple[tuple[tuple[str, ...], str], ...]
     """((student groups trained together, last of them compared), teacher group), in network order, head left out."""
+    student_channels: Mapping[str, int] = field(default_factory=dict)
+    """Channels of the feature of each student group; the head has none."""
+    teacher_channels: Mapping[str, int] = field(default_factory=dict)
+    """Likewise of the teacher."""
     stage_steps: int
     head_steps: int
     optimizer: OptimizerSpec
     """For every stage; a method with needs of its own derives from it."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageModels:
+    """What a companion module can be built from. The cuts are `models.cut.ModelCut`; this floor cannot name them."""
+
+    student_cut: Any
+    teacher_cut: Any
+    """None where the run has no teacher."""
+    model: nn.Module
+    """The student, with the weights from which the stage starts."""
+
+
 class Method(Protocol):
-    """The objective of a run: which stages there are, and the loss of each."""
+    """The objective of a run: which stages there are, and the loss of each. `methods.base` has the usual answers."""
 
     @property
     def name(self) -> str: ...
 
+    @property
+    def compares_samples(self) -> bool:
+        """Whether a loss looks at several samples of a micro-batch at once: then its size changes the result."""
+        ...
+
     def plan(self, context: PlanContext) -> StagePlan: ...
 
-    def loss(self, stage: StageSpec, student: Outputs, teacher: Outputs, batch: Batch) -> LossTerms: ...
+    def companion(self, stage: StageSpec, models: StageModels) -> nn.Module | None:
+        """A module that trains along with the student in a stage and is no part of it; None where there is none.
+
+        Called with (images uint8 [N, 3, H, W], the student's own outputs by *student* group name and LOGITS), it gives
+        further outputs by name. Its weights may come from torch's global random state, which is seeded for it.
+        """
+        ...
+
+    def loss(
+        self, stage: StageSpec, student: Outputs, teacher: Outputs, batch: Batch, *, progress_frac: float
+    ) -> LossTerms:
+        """The terms of a micro-batch; `progress_frac` is the share of the stage's steps that is done, 1 at its end."""
+        ...
+
+    def predictions(self, stage: StageSpec, student: Outputs) -> Mapping[str, Tensor]:
+        """Class scores [N, K] beside the student's logits whose accuracy is to be measured, by name."""
+        ...
 
 
 class TeacherLink(Protocol):

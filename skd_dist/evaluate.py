@@ -65,7 +65,8 @@ def evaluate_stage(
         module: a plain StageModule on the device.
 
     Returns:
-        `val/loss`, `val/<term>`, `val/nmse/<group>`, `val/top1_frac`; equal on all students. Collective.
+        `val/loss`, `val/<term>`, `val/nmse/<group>`, `val/top1_frac`, `val/top1_frac/<prediction>`; equal on all
+        students. Collective.
     """
     module.eval()
     meter = Meter()
@@ -77,7 +78,7 @@ def evaluate_stage(
         with torch.inference_mode():
             batch = to_device(cpu_batch, device)
             outputs = module(batch.images)
-            terms = method.loss(stage, outputs, targets, batch)
+            terms = method.loss(stage, outputs, targets, batch, progress_frac=1.0)
             for name, term in terms.items():
                 meter.add_samples(name, term.per_sample, batch.valid)
             objective = torch.stack([term.weight * term.per_sample for term in terms.values()]).sum(0)
@@ -85,6 +86,8 @@ def evaluate_stage(
             add_variances(meter, targets, batch.valid)
             if LOGITS in outputs:
                 _add_classification(meter, outputs[LOGITS], batch)
+            for name, scores in method.predictions(stage, outputs).items():
+                meter.add_samples(f"top1_frac/{name}", (scores.argmax(1) == batch.labels).float(), batch.valid)
         after_batch()
     return {f"val/{name}": value for name, value in with_nmse(meter.reduce(), stage).items()}
 

@@ -47,6 +47,9 @@ class Tap:
 
     student: str
     teacher: str
+    adapter: Literal["match", "regressor", "none"] = "match"
+    """What brings the student's feature to the teacher's shape: a projection where the shapes differ, always one (a
+    hint's regressor), or nothing: the loss compares features of any shape."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,8 +63,12 @@ class StageSpec:
     taps: tuple[Tap, ...] = ()
     student_logits: bool = False
     """Whether the student runs to its logits."""
+    student_features: tuple[str, ...] = ()
+    """Further student groups whose features the method's companion module needs."""
     teacher_logits: bool = False
     """Whether the teacher is asked for its logits."""
+    teacher_extra: tuple[str, ...] = ()
+    """Further outputs that the teacher is asked for by name."""
     num_steps: int
     """Optimizer steps, > 0."""
     optimizer: OptimizerSpec
@@ -73,7 +80,8 @@ class StageSpec:
     @property
     def teacher_outputs(self) -> tuple[str, ...]:
         """What the teacher is asked for, in network order; empty where the stage needs no teacher."""
-        return tuple(tap.teacher for tap in self.taps) + ((LOGITS,) if self.teacher_logits else ())
+        logits = (LOGITS,) if self.teacher_logits else ()
+        return (*(tap.teacher for tap in self.taps), *self.teacher_extra, *logits)
 
     @property
     def directory_name(self) -> str:
@@ -87,6 +95,8 @@ class StagePlan:
 
     method: str
     stages: tuple[StageSpec, ...]
+    retrains: bool = False
+    """Whether parameters may train in more than one stage. Otherwise that is taken for a mistake."""
 
     @property
     def needs_teacher(self) -> bool:
@@ -123,7 +133,7 @@ def _check_names(
     stage: StageSpec, student_groups: Mapping[str, Sequence[str]], teacher_groups: Sequence[str] | None
 ) -> None:
     known = ", ".join(student_groups)
-    for group in (*stage.trains, *(tap.student for tap in stage.taps)):
+    for group in (*stage.trains, *(tap.student for tap in stage.taps), *stage.student_features):
         if group not in student_groups:
             raise UserError(f"stage {stage.name}: the student has no such group", got=group, expected=known)
     if not any(student_groups[group] for group in stage.trains):
@@ -146,11 +156,11 @@ def _check_coverage(plan: StagePlan, student_groups: Mapping[str, Sequence[str]]
     for stage in plan.stages:
         for group in stage.trains:
             for parameter in student_groups[group]:
-                if parameter in trained_by:
+                if parameter in trained_by and not plan.retrains:
                     raise UserError(
                         f"student parameter {parameter} is trained in two stages",
                         got=f"{trained_by[parameter]} and {stage.name}",
-                        expected="exactly one stage for every parameter",
+                        expected="exactly one stage for every parameter, unless the plan says that it retrains",
                     )
                 trained_by[parameter] = stage.name
     forgotten = [p for parameters in student_groups.values() for p in parameters if p not in trained_by]
@@ -158,5 +168,5 @@ def _check_coverage(plan: StagePlan, student_groups: Mapping[str, Sequence[str]]
         raise UserError(
             f"student parameter {forgotten[0]} is trained in no stage",
             got=f"{len(forgotten)} such parameters",
-            expected="exactly one stage for every parameter",
+            expected="a stage for every parameter",
         )

@@ -193,6 +193,10 @@ def prepare_splits(config: RunConfig, *, keep_index: bool, on_progress: OnProgre
     )
 
 
+def _channels(cut: ModelCut) -> dict[str, int]:
+    return {group.name: group.feature.channels for group in cut.groups if group.feature is not None}
+
+
 def write_plan(config: RunConfig, models: Models, method: Method, *, samples_per_epoch: int) -> StagePlan:
     """Let the method write its plan, and check it whole."""
     batch = config.global_batch_size
@@ -200,6 +204,8 @@ def write_plan(config: RunConfig, models: Models, method: Method, *, samples_per
         student_groups=models.student.group_names,
         teacher_groups=models.teacher.group_names if models.teacher else None,
         matching=models.matching,
+        student_channels=_channels(models.student),
+        teacher_channels=_channels(models.teacher) if models.teacher else {},
         stage_steps=parse_duration(config.stage_duration).to_steps(
             global_batch_size=batch, samples_per_epoch=samples_per_epoch
         ),

@@ -132,7 +132,7 @@ def run_stage(
             if targets is None:
                 engine.backward(no_loss(outputs))  # the other students wait in the collectives of this backward pass
                 continue
-            terms = method.loss(stage, outputs, targets, batch)
+            terms = method.loss(stage, outputs, targets, batch, progress_frac=step / stage.num_steps)
             loss = masked_mean(terms, batch.valid)
             engine.backward(loss)
             micro_losses.append(loss.detach())

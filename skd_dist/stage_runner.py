@@ -107,6 +107,7 @@ def stage_module(side: StudentSide, stage: StageSpec, state: Mapping[str, Tensor
         frozen_batchnorm=config.frozen_batchnorm,
         seed=config.seed,
         start_from=state,
+        method=side.prepared.method,
     )
 
 

@@ -1,4 +1,4 @@
-"""The student of one stage: frozen part, trained part and adapters in one module with one forward.
+"""The student of one stage: frozen part, trained part, adapters and a method's companion in one module, one forward.
 
 Everything that trains in a stage is in here, so that any engine that wraps one module sees all of it. The teacher is
 not in here. A new module is built for every stage; nothing is re-filled.
@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from skd_dist.adapters import make_adapter
+from skd_dist.contracts import Method, StageModels
 from skd_dist.models.create import create_model
 from skd_dist.models.cut import ModelCut, run_cut, set_training
 from skd_dist.models.memory_format import arrange_images, set_memory_formats
 from skd_dist.plan import LOGITS, StageSpec
 
 MODEL_PREFIX = "model."
-"""Names of the student's own tensors in a StageModule's state; all others belong to adapters."""
+"""Names of the student's own tensors in a StageModule's state; all others belong to adapters and companion."""
 
 
 class StageModule(nn.Module):
@@ -30,7 +31,8 @@ class StageModule(nn.Module):
         teacher_cut: the teacher's groups; None only where the stage has no taps.
         frozen_batchnorm: `eval` keeps the statistics of frozen BatchNorm layers as they are; `train` lets them drift
             as the published code does.
-        seed: of the adapters' initial weights.
+        seed: of the adapters' and the companion's initial weights.
+        method: whose companion trains along; None: no companion.
     """
 
     def __init__(
@@ -42,10 +44,14 @@ class StageModule(nn.Module):
         teacher_cut: ModelCut | None,
         frozen_batchnorm: Literal["eval", "train"],
         seed: int,
+        method: Method | None = None,
     ) -> None:
         super().__init__()
         self.model = model
-        self.adapters = _make_adapters(stage, cut, teacher_cut, seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs as well
+            self.adapters = _make_adapters(stage, cut, teacher_cut)
+            self.companion = _make_companion(stage, cut, teacher_cut, model, method)
         self._cut = cut
         self._stage = stage
         self._frozen_batchnorm = frozen_batchnorm
@@ -66,27 +72,38 @@ class StageModule(nn.Module):
             images: uint8 [N, 3, H, W].
 
         Returns:
-            Teacher group name -> adapted feature; LOGITS -> [N, K] where the stage asks for them.
+            Teacher group name -> adapted feature; LOGITS -> [N, K] where the stage asks for them; what the companion
+            gives, under its own names.
         """
         stage = self._stage
         images = arrange_images(self._cut, images)
-        own = run_cut(
-            self._cut, self.model, images, taps=[tap.student for tap in stage.taps], logits=stage.student_logits
-        )
+        wanted = dict.fromkeys([*(tap.student for tap in stage.taps), *stage.student_features])
+        own = run_cut(self._cut, self.model, images, taps=list(wanted), logits=stage.student_logits)
         outputs = {tap.teacher: self.adapters[tap.teacher](own[tap.student]) for tap in stage.taps}
-        return {**outputs, LOGITS: own[LOGITS]} if stage.student_logits else outputs
+        if stage.student_logits:
+            outputs[LOGITS] = own[LOGITS]
+        return outputs if self.companion is None else {**outputs, **self.companion(images, own)}
 
 
-def _make_adapters(stage: StageSpec, cut: ModelCut, teacher_cut: ModelCut | None, seed: int) -> nn.ModuleDict:
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs as well
-        adapters = {}
-        for tap in stage.taps:
-            assert teacher_cut is not None, "a plan with taps and without a teacher passed check_plan"
-            source, target = cut.group(tap.student).feature, teacher_cut.group(tap.teacher).feature
-            assert source is not None and target is not None, "the head has no feature"
-            adapters[tap.teacher] = make_adapter(source, target)
-        return nn.ModuleDict(adapters)
+def _make_adapters(stage: StageSpec, cut: ModelCut, teacher_cut: ModelCut | None) -> nn.ModuleDict:
+    adapters: dict[str, nn.Module] = {}
+    for tap in stage.taps:
+        assert teacher_cut is not None, "a plan with taps and without a teacher passed check_plan"
+        source, target = cut.group(tap.student).feature, teacher_cut.group(tap.teacher).feature
+        assert source is not None and target is not None, "the head has no feature"
+        if tap.adapter == "none":
+            adapters[tap.teacher] = nn.Identity()
+        else:
+            adapters[tap.teacher] = make_adapter(source, target, always_project=tap.adapter == "regressor")
+    return nn.ModuleDict(adapters)
+
+
+def _make_companion(
+    stage: StageSpec, cut: ModelCut, teacher_cut: ModelCut | None, model: nn.Module, method: Method | None
+) -> nn.Module | None:
+    if method is None:
+        return None
+    return method.companion(stage, StageModels(student_cut=cut, teacher_cut=teacher_cut, model=model))
 
 
 def student_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -102,12 +119,14 @@ def build_stage_module(
     frozen_batchnorm: Literal["eval", "train"],
     seed: int,
     start_from: Mapping[str, Tensor] | None,
+    method: Method | None = None,
 ) -> StageModule:
     """A fresh module for a stage.
 
     Args:
         seed: of the run; initial weights are a function of it and of the stage alone.
         start_from: the student's tensors after the previous stage; None for the first.
+        method: whose companion trains along.
     """
     model = create_model(cut.name, num_classes=cut.num_classes, image_size=cut.image_size, seed=seed)
     if start_from is not None:
@@ -119,4 +138,5 @@ def build_stage_module(
         teacher_cut=teacher_cut,
         frozen_batchnorm=frozen_batchnorm,
         seed=seed * 1000 + stage.index,
+        method=method,
     )

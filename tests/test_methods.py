@@ -45,7 +45,7 @@ def test_losses_are_finite_per_sample_and_leave_the_teacher_alone(name: str) -> 
     for stage in method.plan(CONTEXT).stages:
         student = {key: value.requires_grad_() for key, value in outputs(seed=0).items()}
         teacher = {key: value.requires_grad_() for key, value in outputs(seed=1).items()}
-        terms = method.loss(stage, student, teacher, BATCH)
+        terms = method.loss(stage, student, teacher, BATCH, progress_frac=0.5)
         assert terms
         for term in terms.values():
             assert term.per_sample.shape == (3,) and term.per_sample.dtype == torch.float32
@@ -61,12 +61,13 @@ def test_masked_equals_sliced(name: str) -> None:
     for stage in method.plan(CONTEXT).stages:
         student, teacher = outputs(seed=0), outputs(seed=1)
         first = Batch(BATCH.images[:1], BATCH.labels[:1], BATCH.valid[:1], BATCH.keys[:1])
-        whole = method.loss(stage, student, teacher, BATCH)
+        whole = method.loss(stage, student, teacher, BATCH, progress_frac=0.5)
         sliced = method.loss(
             stage,
             {key: value[:1] for key, value in student.items()},
             {key: value[:1] for key, value in teacher.items()},
             first,
+            progress_frac=0.5,
         )
         assert whole.keys() == sliced.keys()
         for key in whole:
@@ -86,9 +87,12 @@ def test_skd_does_not_look_at_labels_before_the_head() -> None:
     *features, head = method.plan(CONTEXT).stages
     assert len(features) == 2
     for stage in features:
-        one, two = (method.loss(stage, outputs(seed=0), outputs(seed=1), batch) for batch in (BATCH, permuted))
+        one, two = (
+            method.loss(stage, outputs(seed=0), outputs(seed=1), batch, progress_frac=0.5)
+            for batch in (BATCH, permuted)
+        )
         assert all(torch.equal(one[key].per_sample, two[key].per_sample) for key in one)
-    one, two = (method.loss(head, outputs(seed=0), {}, batch) for batch in (BATCH, permuted))
+    one, two = (method.loss(head, outputs(seed=0), {}, batch, progress_frac=0.5) for batch in (BATCH, permuted))
     assert not torch.equal(one["cross_entropy"].per_sample, two["cross_entropy"].per_sample)
 
 
@@ -103,7 +107,7 @@ def test_comparators_take_the_steps_of_all_stages(name: str) -> None:
 def test_simultaneous_is_the_mean_of_its_terms() -> None:
     method = METHODS["simultaneous"]
     (stage,) = method.plan(CONTEXT).stages
-    terms = method.loss(stage, outputs(seed=0), outputs(seed=1), BATCH)
+    terms = method.loss(stage, outputs(seed=0), outputs(seed=1), BATCH, progress_frac=0.5)
     assert set(terms) == {"feature_mse/stage1", "feature_mse/stage3", "cross_entropy"}
     assert [term.weight for term in terms.values()] == [pytest.approx(1 / 3)] * 3
 

@@ -59,6 +59,18 @@ def test_bad_plans_are_refused_by_name(plan: StagePlan, message: str) -> None:
         check(plan)
 
 
+def test_a_plan_may_say_that_it_trains_parameters_again() -> None:
+    twice = (stage(0, "a", ("stem", "stage1")), stage(1, "b", ("stem", "stage1", "head"), student_logits=True))
+    check(StagePlan(method="test", stages=twice, retrains=True))
+    with pytest.raises(UserError, match=r"student parameter conv\.weight is trained in two stages; got a and b"):
+        check(StagePlan(method="test", stages=twice))
+
+
+def test_features_for_a_companion_must_be_groups_of_the_student() -> None:
+    with pytest.raises(UserError, match="stage a: the student has no such group; got stage7"):
+        check(plan_of(stage(0, "a", tuple(GROUPS), student_features=("stage7",), student_logits=True)))
+
+
 def test_a_tap_needs_a_teacher() -> None:
     with pytest.raises(UserError, match="stage stem needs a teacher; give --teacher"):
         check(GOOD, teacher=None)
@@ -78,6 +90,8 @@ def test_digest_sees_every_field() -> None:
 def test_teacher_outputs() -> None:
     assert GOOD.stages[0].teacher_outputs == ("stem",)
     assert GOOD.stages[2].teacher_outputs == ()
+    asking = stage(0, "a", ("stem",), teacher_extra=("exit",), teacher_logits=True, taps=GOOD.stages[0].taps)
+    assert asking.teacher_outputs == ("stem", "exit", LOGITS)
     assert stage(0, "a", ("stem",), teacher_logits=True).teacher_outputs == (LOGITS,)
     assert GOOD.needs_teacher
     assert not plan_of(GOOD.stages[2]).needs_teacher

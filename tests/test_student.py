@@ -1,8 +1,13 @@
 """The stage module: modes, adapters, names, and where initial weights come from."""
 
+import dataclasses
+
 import pytest
 import torch
+from torch import Tensor, nn
 
+from skd_dist.contracts import Outputs, StageModels
+from skd_dist.methods.base import BaseMethod
 from skd_dist.models.cut import cut_model
 from skd_dist.plan import LOGITS, OptimizerSpec, StageSpec, Tap
 from skd_dist.student import StageModule, build_stage_module, student_part
@@ -50,6 +55,54 @@ def test_whoever_asks_only_the_stage_and_its_adapter_train() -> None:
 def test_the_student_s_part_leaves_adapters_behind() -> None:
     state = student_part(build().state_dict())
     assert set(state) == set(STUDENT.parameters_of(STUDENT.group_names)) | set(STUDENT.buffers_of(STUDENT.group_names))
+
+
+class Doubling(BaseMethod):
+    """Its companion is a linear layer behind another feature of the student."""
+
+    def companion(self, stage: StageSpec, models: StageModels) -> nn.Module:
+        assert models.student_cut == STUDENT and models.teacher_cut == TEACHER
+        return Second(models.student_cut.group("stage1").feature.channels)
+
+
+class Second(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(channels, 2)
+
+    def forward(self, images: Tensor, own: Outputs) -> dict[str, Tensor]:
+        assert images.dtype == torch.uint8 and set(own) == {"stage1", "stage2", LOGITS}
+        return {"second": self.linear(own["stage1"].mean((2, 3)))}
+
+
+def test_a_companion_trains_along_and_stays_behind() -> None:
+    stage = dataclasses.replace(STAGE, student_features=("stage1",))
+    module, again = (build(stage=stage, method=Doubling()) for _ in range(2))  # type: ignore[arg-type]
+    outputs = module(IMAGES)
+    assert set(outputs) == {"stage1", "second", LOGITS} and outputs["second"].shape == (4, 2)
+    outputs["second"].sum().backward()
+    weight = module.get_parameter("companion.linear.weight")
+    assert weight.grad is not None and torch.equal(weight, again.get_parameter("companion.linear.weight"))
+    assert set(student_part(module.state_dict())) == set(student_part(build().state_dict()))
+
+
+def test_a_regressor_projects_though_the_shapes_agree() -> None:
+    taps = {kind: (Tap(student="stage2", teacher="stage2", adapter=kind),) for kind in ("match", "regressor", "none")}
+    sizes = {
+        kind: sum(value.numel() for value in build(stage=dataclasses.replace(STAGE, taps=tap), teacher_cut=STUDENT)
+                  .adapters.parameters())
+        for kind, tap in taps.items()
+    }  # fmt: skip
+    feature = STUDENT.group("stage2").feature
+    assert feature is not None
+    assert sizes == {"match": 0, "regressor": feature.channels**2 + 2 * feature.channels, "none": 0}
+
+
+def test_without_an_adapter_the_feature_comes_as_it_is() -> None:
+    stage = dataclasses.replace(STAGE, taps=(Tap(student="stage2", teacher="stage1", adapter="none"),))
+    feature = STUDENT.group("stage2").feature
+    assert feature is not None
+    assert build(stage=stage)(IMAGES)["stage1"].shape == (4, *feature.shape)
 
 
 def test_starts_from_the_state_given() -> None:

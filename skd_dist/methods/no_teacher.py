@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from skd_dist.contracts import Batch, LossTerm, LossTerms, Outputs, PlanContext
 from skd_dist.losses import cross_entropy
+from skd_dist.methods.base import BaseMethod
 from skd_dist.plan import LOGITS, StagePlan, StageSpec
 
 
@@ -17,7 +18,7 @@ def whole_budget(context: PlanContext) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class NoTeacher:
+class NoTeacher(BaseMethod):
     """One stage, everything trains, cross-entropy."""
 
     name: str = "no_teacher"
@@ -36,6 +37,8 @@ class NoTeacher:
         )
         return StagePlan(method=self.name, stages=(stage,))
 
-    def loss(self, stage: StageSpec, student: Outputs, teacher: Outputs, batch: Batch) -> LossTerms:
+    def loss(
+        self, stage: StageSpec, student: Outputs, teacher: Outputs, batch: Batch, *, progress_frac: float
+    ) -> LossTerms:
         """Cross-entropy with the labels."""
         return {"cross_entropy": LossTerm(cross_entropy(student[LOGITS], batch.labels))}

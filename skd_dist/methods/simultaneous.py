@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 from skd_dist.contracts import Batch, LossTerm, LossTerms, Outputs, PlanContext
 from skd_dist.losses import cross_entropy, feature_mse
+from skd_dist.methods.base import BaseMethod
 from skd_dist.methods.no_teacher import whole_budget
 from skd_dist.plan import LOGITS, StagePlan, StageSpec, Tap
 
 
 @dataclass(frozen=True, slots=True)
-class Simultaneous:
+class Simultaneous(BaseMethod):
     """One stage, everything trains, all taps and the labels together."""
 
     name: str = "simultaneous"
@@ -31,7 +32,9 @@ class Simultaneous:
         )
         return StagePlan(method=self.name, stages=(stage,))
 
-    def loss(self, stage: StageSpec, student: Outputs, teacher: Outputs, batch: Batch) -> LossTerms:
+    def loss(
+        self, stage: StageSpec, student: Outputs, teacher: Outputs, batch: Batch, *, progress_frac: float
+    ) -> LossTerms:
         """Every term with weight 1 / (number of taps + 1)."""
         weight = 1.0 / (len(stage.taps) + 1)
         terms = {

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 from skd_dist.contracts import Batch, LossTerm, LossTerms, Outputs, PlanContext
 from skd_dist.losses import cross_entropy, feature_mse
+from skd_dist.methods.base import BaseMethod
 from skd_dist.plan import LOGITS, StagePlan, StageSpec, Tap
 
 
 @dataclass(frozen=True, slots=True)
-class Skd:
+class Skd(BaseMethod):
     """Feature stages in network order, each fed by the student's own frozen earlier stages; then the head."""
 
     name: str = "skd"
@@ -41,7 +42,9 @@ class Skd:
         )
         return StagePlan(method=self.name, stages=(*stages, head))
 
-    def loss(self, stage: StageSpec, student: Outputs, teacher: Outputs, batch: Batch) -> LossTerms:
+    def loss(
+        self, stage: StageSpec, student: Outputs, teacher: Outputs, batch: Batch, *, progress_frac: float
+    ) -> LossTerms:
         """Feature stages: MSE at the tap, labels unused. Head: cross-entropy, teacher unused."""
         if not stage.taps:
             return {"cross_entropy": LossTerm(cross_entropy(student[LOGITS], batch.labels))}

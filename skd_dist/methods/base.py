@@ -1,0 +1,27 @@
+"""What most methods answer alike; a method, also a user's own, says only where it differs.
+
+A method is a frozen dataclass: its fields are its hyper-parameters, its name is what `--method` says.
+"""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from skd_dist.contracts import Outputs, StageModels
+from skd_dist.plan import StageSpec
+
+
+class BaseMethod:
+    """Looks at each sample by itself, has no companion and predicts nothing beside the student's logits."""
+
+    __slots__ = ()
+
+    @property
+    def compares_samples(self) -> bool:
+        return False
+
+    def companion(self, stage: StageSpec, models: StageModels) -> nn.Module | None:
+        return None
+
+    def predictions(self, stage: StageSpec, student: Outputs) -> Mapping[str, Tensor]:
+        return {}
