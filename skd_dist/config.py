@@ -30,7 +30,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
     ("teacher_ranks", "teacher_placement", "deepspeed_config", "micro_batch_size", "num_workers", "run_dir")
     + ("tracking_uri", "experiment", "resume", "prefetch", "network_interface", "toy", "dry_run", "name")
     + ("resume_or_start", "checkpoint_every", "grace", "stall_timeout", "teacher_timeout")
-    + ("index_dir", "allow_pipe_urls", "cache_dir", "cache_gib", "on_bad_sample", "max_bad_frac")
+    + ("share_teacher_pass", "index_dir", "allow_pipe_urls", "cache_dir", "cache_gib", "on_bad_sample", "max_bad_frac")
 )
 """Fields that say where and how a run is computed, not what: tags in MLflow, where parameters are written once."""
 
@@ -132,6 +132,8 @@ class RunConfig:
     """Seconds without any teacher after which the run is saved and ends; default: half of --stall-timeout."""
     prefetch: int = 2
     """Requests to the teacher that are under way while the student trains, >= 0; exact for any value."""
+    share_teacher_pass: bool = False
+    """Let runs of one launch that differ only in student, method and their options share batches and teacher."""
     method: str = "skd"
     """skd, no_teacher or simultaneous."""
     stage_weights: Literal["last", "best"] = "last"

@@ -40,14 +40,22 @@ class RunDisplay:
     Args:
         console: where to; the process's standard output unless given.
         enabled: False on every rank but one.
+        is_alone: False where other runs go on at the same time: then there are plain lines with the run's name.
         clock: seconds, rising; for tests.
     """
 
     def __init__(
-        self, console: Console | None = None, *, enabled: bool = True, clock: Callable[[], float] = time.monotonic
+        self,
+        console: Console | None = None,
+        *,
+        enabled: bool = True,
+        is_alone: bool = True,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._console = console or _make_console()
         self._enabled = enabled
+        self._is_alone = is_alone
+        self._title = ""
         self._clock = clock
         self._num_stages = 0
         self._stage = ""
@@ -63,7 +71,9 @@ class RunDisplay:
             return
         self._num_stages = num_stages
         self.notice(f"{title} ({num_stages} {'stage' if num_stages == 1 else 'stages'})")
-        if self._console.is_terminal:
+        if not self._is_alone:
+            self._title = f"{title}, "
+        elif self._console.is_terminal:
             self._progress = _make_progress(self._console)
             self._progress.start()
 
@@ -71,7 +81,7 @@ class RunDisplay:
         """index: from 0."""
         if not self._enabled:
             return
-        self._stage = f"stage {index + 1}/{self._num_stages} {name}"
+        self._stage = f"{self._title}stage {index + 1}/{self._num_stages} {name}"
         self._num_steps = num_steps
         self._stage_started = self._last_line = self._clock()
         if self._progress is not None:

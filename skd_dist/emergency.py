@@ -14,45 +14,40 @@ from skd_dist.job.pulse import Pulse
 from skd_dist.job.stop_request import EXIT_STOPPED, StopRequest
 from skd_dist.run_lock import RunLock
 from skd_dist.run_record import write_failure
-from skd_dist.tracking import NullTracker, RunTracker, Status
+from skd_dist.tracking import RunTracker, Status
 
 _LAST_WORDS_S = 5.0
 
 
 class Emergency:
-    """What is left to say when this process must go: the status of the run under way, in MLflow and its files."""
+    """What is left to say when this process must go: the status of the runs under way, in MLflow and their files."""
 
     def __init__(self) -> None:
-        self._tracker: RunTracker = NullTracker()
-        self._config: RunConfig | None = None
-        self._lock: RunLock | None = None
+        self._watched: list[tuple[RunTracker, RunConfig]] = []
+        self._locks: list[RunLock] = []
         self._ending = threading.Lock()
 
     def hold(self, lock: RunLock) -> None:
-        """Let go of the run directory when everything about the run is said."""
-        self._lock = lock
+        """Let go of the run directory when everything about the runs under way is said."""
+        self._locks.append(lock)
 
     def watch(self, tracker: RunTracker, config: RunConfig) -> None:
-        """From now on a failure is this run's."""
-        self._tracker, self._config = tracker, config
+        """From now on a failure is this run's too."""
+        self._watched.append((tracker, config))
 
     def end(self, status: Status, error: str | None = None) -> None:
         """Say it once; later calls say nothing, but wait until it is said: another thread may end the process next."""
         with self._ending:
-            tracker, config = self._tracker, self._config
-            self._tracker, self._config = NullTracker(), None
-            tracker.end(status)
-            if config is not None and status != "FINISHED":
-                try:
-                    write_failure(config.run_dir, status=status.lower(), error=error, method=config.method)
-                except OSError as full:  # how this process ends does not depend on the disk
-                    print_error(f"{config.run_dir}/summary.json cannot be written ({full.strerror})")
-            if self._lock is not None:
-                self._lock.release()
-                self._lock = None
+            watched, self._watched = self._watched, []
+            for tracker, config in watched:
+                tracker.end(status)
+                if status != "FINISHED":
+                    _write_failure(config, status, error)
+            while self._locks:
+                self._locks.pop().release()
 
     def fail(self, line: str, exit_code: int = EXIT_USER_ERROR) -> None:
-        """The run under way has failed, or was stopped: the exit code says which."""
+        """The runs under way have failed, or were stopped: the exit code says which."""
         self.end("KILLED" if exit_code == EXIT_STOPPED else "FAILED", line)
 
     def leave(self, post: Callable[[str, int], object]) -> NoReturn:
@@ -71,6 +66,13 @@ class Emergency:
         line = "asked to stop, and could not save in time; continue with --resume"
         self.end("KILLED", line)
         post(line, EXIT_STOPPED)
+
+
+def _write_failure(config: RunConfig, status: Status, error: str | None) -> None:
+    try:
+        write_failure(config.run_dir, status=status.lower(), error=error, method=config.method)
+    except OSError as full:  # how this process ends does not depend on the disk
+        print_error(f"{config.run_dir}/summary.json cannot be written ({full.strerror})")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,41 +12,27 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from skd_dist.checkpoint import cannot_go_on_without
 from skd_dist.checkpointer import Preempted
 from skd_dist.config import RunConfig, batch_shape, check_config
 from skd_dist.display import RunDisplay, summary_table
 from skd_dist.emergency import Emergency, Guards
 from skd_dist.errors import EXIT_USER_ERROR, UserError
-from skd_dist.job.consensus import JobEnded, agree, check_shared_directory, print_error
+from skd_dist.job.consensus import JobEnded, print_error
 from skd_dist.job.failure import FailureWatch
 from skd_dist.job.notices import NoticeReader
 from skd_dist.job.pulse import Pulse, StallWatch
-from skd_dist.job.rendezvous import Job, join_job, leave_job
+from skd_dist.job.rendezvous import join_job, leave_job
 from skd_dist.job.stop_request import EXIT_STOPPED, StopRequest, ending_with, launchers_above
-from skd_dist.link.ask_ahead import AskAhead
-from skd_dist.prepare import Prepared
 from skd_dist.roles import RoleMap, World, make_role_map, resolve_teacher_ranks
-from skd_dist.run_record import resume_those_begun, write_summary
+from skd_dist.run_group import groups_of, run_group
+from skd_dist.run_record import resume_those_begun
 from skd_dist.run_setup import (
     JOB_TIMEOUT,
     collective_timeout,
     device_kind,
-    device_of,
     engine_spec_of,
-    keep_micro_batch_size,
-    lock_directory,
-    open_record,
-    prepare_together,
-    quarantine_of,
-    track_run,
 )
-from skd_dist.stage_side import StudentSide
-from skd_dist.student_run import run_student
-from skd_dist.teacher import Teacher
-from skd_dist.teacher_process import TeacherProcess
-from skd_dist.teacher_run import load_teacher, make_link, serve_teacher, start_worker
-from skd_dist.tracking import JOURNAL_FILE, NullTracker, RunTracker
+from skd_dist.teacher_run import start_worker
 
 
 def roles_of(config: RunConfig, world: World) -> RoleMap:
@@ -116,8 +102,8 @@ def run_all(configs: Sequence[RunConfig], *, world: World) -> int:
     summaries: list[dict[str, Any]] = []
     exit_code = 0
     try:
-        for number, config in enumerate(resume_those_begun(configs)):
-            summaries += run_once(config, job, key=f"{number}-{config.name}", guards=guards, worker=worker)
+        for number, group in enumerate(groups_of(resume_those_begun(configs))):
+            summaries += run_group(group, job, key=f"{number}-{group[0].name}", guards=guards, worker=worker)
         if job.world.rank == 0:
             _show(summaries)
     except JobEnded as ended:
@@ -140,86 +126,6 @@ def run_all(configs: Sequence[RunConfig], *, world: World) -> int:
     return exit_code
 
 
-def run_once(
-    config: RunConfig, job: Job, *, key: str, guards: Guards, worker: TeacherProcess | None
-) -> list[dict[str, Any]]:
-    """One run on this rank.
-
-    Args:
-        key: names this run's points of agreement.
-        worker: holds the teacher of a teacher rank.
-
-    Returns:
-        On rank 0 the run's summary, elsewhere nothing.
-    """
-    check_shared_directory(job, config.run_dir)
-    try:
-        lock_directory(job, config, key, guards.emergency)
-        prepared = prepare_together(job, config, key)
-        teacher, note = load_teacher(job, prepared, key, worker)
-        digest = note.digest if note else None
-        run_key, num_done, point = open_record(job, prepared, digest, key)
-        prepared = keep_micro_batch_size(prepared, point)
-    except JobEnded as ended:
-        guards.emergency.fail(str(ended))
-        _remove_if_empty(job, config.run_dir)
-        raise
-    tracker: RunTracker = NullTracker()
-    found: dict[str, Any] = {}
-    if job.role == "teacher":
-        serve_teacher(job, teacher, key)
-    else:
-        display = RunDisplay(enabled=job.world.rank == 0)
-        if job.world.rank == 0:
-            with cannot_go_on_without(config.run_dir / JOURNAL_FILE):
-                tracker = track_run(prepared, job, run_key, digest, notify=display.notice)
-            guards.emergency.watch(tracker, config)
-            guards.notices.listener = tracker.log_teacher
-        display.start_run(f"{config.name}: {config.method}", len(prepared.plan.stages))
-        stop_asked = lambda: guards.stop.asked  # noqa: E731
-        link = make_link(job, teacher, key, teacher_timeout_s=config.teacher_timeout_s, is_stopping=stop_asked)
-        found = run_student(
-            StudentSide(
-                prepared=prepared,
-                student_rank=job.role_rank,
-                device=device_of(job),
-                engine_spec=engine_spec_of(config),
-                ask=AskAhead(link, depth=config.prefetch, on_batch=guards.pulse.beat),
-                tracker=tracker,
-                display=display,
-                teacher_digest=digest,
-                teacher_dtype=note.dtype if note else None,
-                num_done=num_done,
-                resume_point=point,
-                board=job.role_board,
-                stop_asked=stop_asked,
-                quarantine=quarantine_of(prepared, board=job.role_board, tracker=tracker, notify=display.notice),
-            )
-        )
-        guards.pulse.rest()
-        if link is not None:
-            link.close()
-        display.end_run()
-    _check_teacher_unchanged(job, teacher, key)
-    if job.world.rank != 0:
-        return []
-    guards.notices.read(job.store)
-    guards.notices.listener = None
-    summary = _summary(prepared, found, digest, tracker)
-    with cannot_go_on_without(config.run_dir / "summary.json"):
-        write_summary(config.run_dir, summary)
-    tracker.log_dict(summary, name="summary.json")
-    guards.emergency.end("FINISHED")
-    return [summary]
-
-
-def _check_teacher_unchanged(job: Job, teacher: Teacher | None, key: str) -> None:
-    """Frozen means frozen: a difference is a defect of ours."""
-    if teacher is not None and teacher.has_moved():
-        raise RuntimeError(f"rank {job.world.rank}: the teacher's weights moved during the run")
-    agree(job, f"{key}/finished", None)
-
-
 def _show(summaries: Sequence[Mapping[str, Any]]) -> None:
     """What came out: the stages of a single run, one line for each run, and where to compare them."""
     display = RunDisplay()
@@ -232,28 +138,3 @@ def _show(summaries: Sequence[Mapping[str, Any]]) -> None:
         mlflow = Path(sys.executable).with_name("mlflow")
         where = uri if uri.startswith("http") else f"{mlflow} ui --backend-store-uri '{uri}'"
         display.notice(f"compare runs: {where}")
-
-
-def _remove_if_empty(job: Job, run_dir: Path) -> None:
-    """A run that was refused before it began leaves no directory behind."""
-    if job.world.rank == 0 and not any(run_dir.iterdir()):
-        run_dir.rmdir()
-
-
-def _summary(prepared: Prepared, found: dict[str, Any], digest: str | None, tracker: RunTracker) -> dict[str, Any]:
-    config = prepared.config
-    return {
-        "status": "finished",
-        "name": config.name,
-        "method": config.method,
-        "fraction": config.fraction,
-        "seed": config.seed,
-        "num_train_samples": len(prepared.splits.train_ids),
-        "data_digest": prepared.splits.digest,
-        "label_noise_frac": prepared.splits.selection.label_noise_frac,
-        "plan_digest": prepared.plan.digest(),
-        "teacher": {"name": config.teacher, "digest": digest, "top1_frac": found.pop("teacher_top1_frac")},
-        "student": {"name": config.student, "num_params": found.pop("num_params")},
-        **found,
-        "mlflow": tracker.summary(),
-    }

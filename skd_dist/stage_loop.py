@@ -93,6 +93,7 @@ def run_stage(
     ask: AskAhead,
     progress: StageProgress,
     until: int,
+    report_at: int | None = None,
     global_batch_size: int,
     grad_accum_steps: int,
     device: torch.device,
@@ -109,7 +110,8 @@ def run_stage(
         ask: the way to the teacher.
         progress: where the stage stands; carried on.
         until: the step to stop before, at least `progress.step`.
-        report_every: steps between reports, > 0; the last step always reports.
+        report_at: steps after which a report comes whatever `report_every` says; None: `until`.
+        report_every: steps between reports, > 0.
         interruptions: saving and stopping.
 
     Raises:
@@ -118,9 +120,10 @@ def run_stage(
     stream = ask.stream(batches, stage.teacher_outputs)
     ask.stats()
     window_started, window_first = time.perf_counter(), progress.step
+    report_at = until if report_at is None else report_at
 
     for step in range(progress.step, until):
-        reporting = (step + 1) % report_every == 0 or step + 1 == until
+        reporting = (step + 1) % report_every == 0 or step + 1 == report_at
         started = time.perf_counter()
         micro_losses, seen, meter = [], [], Meter()
         if ask.can_lose_teacher:

@@ -28,6 +28,7 @@ from skd_dist.models.create import weights_digest
 from skd_dist.plan import StageSpec
 from skd_dist.progress import StageProgress
 from skd_dist.resume_point import remove_all
+from skd_dist.shared_pass import BatchKey, KeyedBatches, Turns
 from skd_dist.stage_loop import mean_nmse, run_stage
 from skd_dist.stage_resume import begin, make_checkpointer, start_state
 from skd_dist.stage_side import State, StudentSide
@@ -40,7 +41,7 @@ EVALUATIONS_PER_STAGE = 10
 """How often `--stage-weights best` looks at the validation loss; the published code looks once per epoch."""
 
 
-def train_stage(side: StudentSide, stage: StageSpec, state: State) -> tuple[State, dict[str, Any]]:
+def train_stage(side: StudentSide, stage: StageSpec, state: State) -> Turns[tuple[State, dict[str, Any]]]:
     """One stage from the student's state before it to the state after it, and its entry in the summary."""
     config, shape = side.prepared.config, side.prepared.shape
     state = start_state(side, stage, state)
@@ -59,29 +60,32 @@ def train_stage(side: StudentSide, stage: StageSpec, state: State) -> tuple[Stat
     progress = begin(side, stage, checkpointer)
     chosen, chosen_values = checkpointer.chosen, checkpointer.chosen_values
     leave_if_needed = partial(checkpointer.leave_if_needed, progress)
-    for until in _stops(stage, best=config.stage_weights == "best"):
-        if until < progress.step:
+    for stop in _stops(stage, best=config.stage_weights == "best"):
+        if stop < progress.step:
             continue
-        with closing(_train_batches(side, stage, range(progress.step, until))) as batches:
-            run_stage(
-                stage,
-                engine=engine,
-                method=side.prepared.method,
-                batches=batches,
-                ask=side.ask,
-                progress=progress,
-                until=until,
-                global_batch_size=shape.global_batch_size,
-                grad_accum_steps=shape.grad_accum_steps,
-                device=side.device,
-                report_every=max(1, stage.num_steps // REPORTS_PER_STAGE),
-                on_report=lambda step, values: _report(side, stage, step, {**values, **side.quarantine.metrics()}),
-                interruptions=checkpointer,
-            )
+        for until in _turn_ends(side, stage, start=progress.step, stop=stop):
+            with closing(_train_batches(side, stage, range(progress.step, until))) as batches:
+                run_stage(
+                    stage,
+                    engine=engine,
+                    method=side.prepared.method,
+                    batches=batches,
+                    ask=side.ask,
+                    progress=progress,
+                    until=until,
+                    report_at=stop,
+                    global_batch_size=shape.global_batch_size,
+                    grad_accum_steps=shape.grad_accum_steps,
+                    device=side.device,
+                    report_every=max(1, stage.num_steps // REPORTS_PER_STAGE),
+                    on_report=lambda step, values: _report(side, stage, step, {**values, **side.quarantine.metrics()}),
+                    interruptions=checkpointer,
+                )
+            yield
         leave_if_needed()
         now = engine.full_state()
         now_values = validate(side, stage, now, after_batch=leave_if_needed)
-        _report(side, stage, until, now_values)
+        _report(side, stage, stop, now_values)
         if chosen is None or config.stage_weights == "last" or now_values["val/loss"] < chosen_values["val/loss"]:
             chosen, chosen_values = now, now_values
         if config.stage_weights == "best":
@@ -115,7 +119,7 @@ def validate(side: StudentSide, stage: StageSpec, module_state: State, *, after_
     """The stage's objective on the validation split, with a plain copy of the module."""
     copy = stage_module(side, stage, student_part(module_state))
     copy.load_state_dict(module_state, strict=True)
-    with closing(split_batches(side, "val")) as batches:
+    with closing(_validation_batches(side, stage)) as batches:
         values = evaluate_stage(
             copy.to(side.device),
             stage=stage,
@@ -176,13 +180,38 @@ def _dataset(
     )
 
 
+def _validation_batches(side: StudentSide, stage: StageSpec) -> Batches | KeyedBatches:
+    """Kept for the runs that share a pass, unless that would be too much."""
+    shape, num_samples = side.prepared.shape, len(side.prepared.splits.eval_ids("val"))
+    count = -(-num_samples // (shape.micro_batch_size * shape.num_students))
+    if side.shares is None or not side.shares.keeps(stage, count * shape.micro_batch_size):
+        return split_batches(side, "val")
+    key = BatchKey("val", stage.index, stage.num_steps, 0, num_samples)
+    return KeyedBatches(key, count, lambda: split_batches(side, "val"))
+
+
+def _turn_ends(side: StudentSide, stage: StageSpec, *, start: int, stop: int) -> list[int]:
+    """Where training from `start` to `stop` pauses for the runs that share a pass; the last is `stop`."""
+    length = stop if side.shares is None else side.shares.turn_steps(stage)
+    inner = range(start // length * length + length, stop, length)
+    return [*inner, stop]
+
+
 def _stops(stage: StageSpec, *, best: bool) -> list[int]:
     """Where training pauses to look at the validation loss; the last is the stage's end."""
     length = max(1, -(-stage.num_steps // EVALUATIONS_PER_STAGE)) if best else stage.num_steps
     return [*range(length, stage.num_steps, length), stage.num_steps]
 
 
-def _train_batches(side: StudentSide, stage: StageSpec, steps: range) -> Batches:
+def _train_batches(side: StudentSide, stage: StageSpec, steps: range) -> Batches | KeyedBatches:
+    if side.shares is None:
+        return _open_train_batches(side, stage, steps)
+    key = BatchKey("train", stage.index, stage.num_steps, steps.start, steps.stop)
+    count = len(steps) * side.prepared.shape.grad_accum_steps
+    return KeyedBatches(key, count, lambda: _open_train_batches(side, stage, steps))
+
+
+def _open_train_batches(side: StudentSide, stage: StageSpec, steps: range) -> Batches:
     config, shape, splits = side.prepared.config, side.prepared.shape, side.prepared.splits
     transform = ImageTransform(image_size=config.image_size, augment=config.augment, train=True)
     batches = train_batches(

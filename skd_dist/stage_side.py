@@ -15,6 +15,7 @@ from skd_dist.link.ask_ahead import AskAhead
 from skd_dist.plan import StageSpec
 from skd_dist.prepare import Prepared
 from skd_dist.quarantine import Quarantine
+from skd_dist.shared_pass import PassPlan
 from skd_dist.tracking.protocol import RunTracker
 
 State = dict[str, Tensor]
@@ -53,6 +54,8 @@ class StudentSide:
     stop_asked: Callable[[], bool]
     quarantine: Quarantine
     """Of this run."""
+    shares: PassPlan | None = None
+    """With whom it takes turns, where `ask` is shared."""
 
     @property
     def writes(self) -> bool:

@@ -18,6 +18,7 @@ from skd_dist.models.create import create_model, load_weights, weights_digest
 from skd_dist.models.cut import run_cut
 from skd_dist.plan import LOGITS
 from skd_dist.prepare import Prepared
+from skd_dist.shared_pass import Turns
 from skd_dist.stage_runner import split_batches, train_stage
 from skd_dist.stage_side import State, StudentSide
 
@@ -25,15 +26,15 @@ TEACHER_SAMPLE = 1024
 """Validation samples the teacher is measured on before training: enough for +-1.6 points, seconds for any teacher."""
 
 
-def run_student(side: StudentSide) -> dict[str, Any]:
-    """Train what is left of the plan, write the student and measure it.
+def run_student(side: StudentSide) -> Turns[dict[str, Any]]:
+    """Train what is left of the plan, write the student and measure it; pauses where runs that share a pass take turns.
 
     Returns:
         The run's part of summary.json that only students know.
     """
     side.quarantine.begin(left_out(side))
     teacher_top1 = measure_teacher(side)
-    state, stages = run_stages(side)
+    state, stages = yield from run_stages(side)
     write_student(side, state)
     measured = {split: measure_student(side, state, split) for split in ("val", "test") if _has(side, split)}
     final = {f"final/{split}/{name}": value for split, values in measured.items() for name, value in values.items()}
@@ -89,7 +90,7 @@ def count_done(prepared: Prepared) -> int:
     return done
 
 
-def run_stages(side: StudentSide) -> tuple[State, list[dict[str, Any]]]:
+def run_stages(side: StudentSide) -> Turns[tuple[State, list[dict[str, Any]]]]:
     """Train what is left of the plan.
 
     Returns:
@@ -104,7 +105,7 @@ def run_stages(side: StudentSide) -> tuple[State, list[dict[str, Any]]]:
         side.display.notice(f"stage {stage.name} is done already")
     for stage in plan.stages[side.num_done :]:
         assert state is not None
-        state, entry = train_stage(side, stage, state)
+        state, entry = yield from train_stage(side, stage, state)
         entries.append(entry)
     assert state is not None
     return state, entries

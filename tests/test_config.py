@@ -50,6 +50,7 @@ FLAGS = [
     "--head-duration",
     "--lr",
     "--seed",
+    "--share-teacher-pass",
     "--run-dir",
     "--tracking-uri",
     "--experiment",

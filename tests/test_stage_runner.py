@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from skd_dist import stage_runner
+from skd_dist import shared_pass, stage_runner
 from skd_dist.checkpointer import Preempted
 from skd_dist.config import RunConfig
 from skd_dist.data.index import ShardIndex
@@ -30,6 +30,7 @@ from skd_dist.models.create import create_model
 from skd_dist.prepare import Prepared, prepare_run, unpack_embedded_data
 from skd_dist.resume_point import newest_sound
 from skd_dist.run_setup import quarantine_of
+from skd_dist.shared_pass import PassPlan, SharedAsk, take_turns
 from skd_dist.stage_runner import split_batches, train_stage
 from skd_dist.stage_side import FoundPoint, State, StudentSide
 from skd_dist.student_run import initial_state, left_out, measure_student, measure_teacher
@@ -97,14 +98,17 @@ def at_call(number: int) -> Callable[[], bool]:
     return lambda: next(calls) == number
 
 
+def teacher_of(prepared: Prepared) -> FrozenTeacher:
+    cut = prepared.models.teacher
+    assert cut is not None
+    model = create_model(cut.name, num_classes=10, image_size=32, seed=1)
+    return FrozenTeacher(model, cut=cut, device=CPU, dtype=torch.float32)
+
+
 def student(prepared: Prepared, run_dir: Path, stop_asked: Callable[[], bool] = never) -> StudentSide:
     """One attempt at the run; what an earlier one has left in its directory is found."""
     run_dir.mkdir(exist_ok=True)
     prepared = dataclasses.replace(prepared, config=dataclasses.replace(prepared.config, run_dir=run_dir))
-    cut = prepared.models.teacher
-    assert cut is not None
-    model = create_model(cut.name, num_classes=10, image_size=32, seed=1)
-    teacher = FrozenTeacher(model, cut=cut, device=CPU, dtype=torch.float32)
     found = newest_sound(run_dir / "resume" / prepared.plan.stages[0].directory_name, notify=pytest.fail)
     board = Blackboard(dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=20))
     tracker = JournalTracker(Journal(run_dir / "journal.jsonl"), replica=NoReplica(), notify=pytest.fail)
@@ -113,7 +117,7 @@ def student(prepared: Prepared, run_dir: Path, stop_asked: Callable[[], bool] = 
         student_rank=0,
         device=CPU,
         engine_spec=EngineSpec(kind="torch"),
-        ask=AskAhead(InlineLink(teacher.answer), depth=2),
+        ask=AskAhead(InlineLink(teacher_of(prepared).answer), depth=2),
         tracker=tracker,
         display=RunDisplay(enabled=False),
         teacher_digest=None,
@@ -127,7 +131,8 @@ def student(prepared: Prepared, run_dir: Path, stop_asked: Callable[[], bool] = 
 
 
 def train_first_stage(side: StudentSide) -> State:
-    return train_stage(side, side.prepared.plan.stages[0], initial_state(side))[0]
+    ((state, _),) = take_turns([train_stage(side, side.prepared.plan.stages[0], initial_state(side))], device=CPU)
+    return state
 
 
 def metrics(run_dir: Path) -> dict[tuple[str | None, int, str], Any]:
@@ -163,6 +168,31 @@ def test_a_stop_in_a_validation_acts_there_and_loses_nothing(
     expected, expected_metrics = undisturbed
     assert [name for name, value in expected.items() if not torch.equal(value, state[name])] == []
     assert metrics(tmp_path) == expected_metrics and len(expected_metrics) > 20
+
+
+def test_runs_that_share_a_pass_are_what_they_are_alone(
+    prepared: Prepared, undisturbed: tuple[State, dict[Any, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Turns of a single step, so that each stage changes hands in its middle."""
+    monkeypatch.setattr(shared_pass, "_KEPT_BYTES", 1)
+    plan, cut = prepared.plan, prepared.models.teacher
+    assert cut is not None
+    shares = PassPlan([plan] * 3, teacher_cut=cut, shape=prepared.shape)
+    names = ("one", "other", "third")
+    sides = [student(prepared, tmp_path / name) for name in names]
+    asked: list[int] = []
+    link = InlineLink(lambda images, outputs: asked.append(len(images)) or teacher_of(prepared).answer(images, outputs))
+    ask = SharedAsk(link, depth=1, plan=shares)
+    sides = [dataclasses.replace(side, ask=ask, shares=shares) for side in sides]
+    first = plan.stages[0]
+    found = take_turns(
+        [train_stage(side, first, initial_state(side)) for side in sides], device=CPU, after_round=ask.forget
+    )
+    expected, expected_metrics = undisturbed
+    for name, (state, _) in zip(names, found, strict=True):
+        assert [key for key, value in expected.items() if not torch.equal(value, state[key])] == []
+        assert metrics(tmp_path / name) == expected_metrics
+    assert len(asked) == NUM_STEPS + 3 * NUM_VAL_BATCHES * NUM_STEPS, "training was asked about once for all three"
 
 
 def test_who_is_stopped_again_and_again_in_one_validation_saves_once(prepared: Prepared, tmp_path: Path) -> None:

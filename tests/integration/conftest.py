@@ -118,6 +118,13 @@ def one_teacher_launch(runs: Path, teacher_checkpoint: Path, teacher_lost: dict[
         STEADY | {"name": "one-teacher-cpu", "deepspeed_config": "cpu", "prefetch": 5},
         {"name": "one-teacher-simultaneous", "deepspeed_config": "none", "method": "simultaneous"},
         {"name": "one-teacher-no_teacher", "deepspeed_config": "none", "method": "no_teacher"},
+        STEADY | {"name": "shared-none", "deepspeed_config": "none", "share_teacher_pass": True},
+        {
+            "name": "shared-simultaneous",
+            "deepspeed_config": "none",
+            "method": "simultaneous",
+            "share_teacher_pass": True,
+        },
         teacher_lost,
     ]
     kill = kill_workers(runs / "teacher-lost", checkpoint=teacher_checkpoint, times=NUM_TEACHER_LOSSES)

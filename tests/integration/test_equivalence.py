@@ -31,6 +31,15 @@ def test_the_place_of_the_teacher_changes_no_bit(
     assert one == other and one["digest"]
 
 
+@pytest.mark.parametrize("name", ["none", "simultaneous"])
+def test_runs_that_share_the_teacher_are_what_they_are_alone(one_teacher: Path, name: str) -> None:
+    """These two took turns in one launch, over one link."""
+    alone, shared = one_teacher / f"one-teacher-{name}", one_teacher / f"shared-{name}"
+    assert losses_of(shared) == losses_of(alone)
+    for key in ("weights_digest", "val", "teacher"):
+        assert summary_of(shared)[key] == summary_of(alone)[key]
+
+
 @pytest.mark.parametrize("config", ["zero0", "zero1", "cpu", "zero3"])
 def test_zero_equals_plain_torch(two_students: Path, config: str) -> None:
     plain, zero = stage_states(two_students / "inline-none"), stage_states(two_students / f"inline-{config}")

@@ -1,0 +1,280 @@
+"""Runs that go on together, from their first point of agreement to their summaries: one run, or several that share.
+
+Runs share where --share-teacher-pass is given and they differ in nothing but student, method and what these train with:
+they ask one teacher over one link, and take turns (`shared_pass`). A teacher rank serves them all at once.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from skd_dist.checkpoint import cannot_go_on_without
+from skd_dist.config import RunConfig
+from skd_dist.display import RunDisplay
+from skd_dist.emergency import Guards
+from skd_dist.errors import UserError
+from skd_dist.job.consensus import JobEnded, agree, check_shared_directory
+from skd_dist.job.rendezvous import Job
+from skd_dist.link.ask_ahead import AskAhead
+from skd_dist.prepare import Prepared
+from skd_dist.run_record import write_summary
+from skd_dist.run_setup import (
+    device_of,
+    engine_spec_of,
+    keep_micro_batch_size,
+    lock_directory,
+    open_record,
+    prepare_together,
+    quarantine_of,
+    track_run,
+)
+from skd_dist.shared_pass import PassPlan, SharedAsk, take_turns
+from skd_dist.stage_side import FoundPoint, StudentSide
+from skd_dist.student_run import run_student
+from skd_dist.teacher import Teacher
+from skd_dist.teacher_process import TeacherProcess
+from skd_dist.teacher_run import TeacherNote, load_teacher, make_link, serve_teacher
+from skd_dist.tracking import JOURNAL_FILE, NullTracker, RunTracker
+
+_MAY_DIFFER = frozenset(
+    ("student", "student_checkpoint", "match", "method", "method_options", "stage_duration", "head_duration", "lr")
+    + ("optimizer", "schedule", "weight_decay", "stage_weights", "frozen_batchnorm", "deepspeed_config", "run_dir")
+    + ("name", "resume", "resume_or_start")
+)
+"""Fields of runs that share a pass; in all others they are equal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenRun:
+    """A run that may begin: what all ranks have agreed on."""
+
+    prepared: Prepared
+    teacher: Teacher | None
+    """Where this rank holds it."""
+    note: TeacherNote | None
+    run_key: str
+    num_done: int
+    point: FoundPoint | None
+    tracker: RunTracker
+
+    @property
+    def config(self) -> RunConfig:
+        return self.prepared.config
+
+    @property
+    def digest(self) -> str | None:
+        return self.note.digest if self.note else None
+
+
+def groups_of(configs: Sequence[RunConfig]) -> list[list[RunConfig]]:
+    """Neighbours that share a pass; a run that shares with nobody is alone."""
+    groups: list[list[RunConfig]] = []
+    for config in configs:
+        if groups and _share(groups[-1][0], config):
+            groups[-1].append(config)
+        else:
+            groups.append([config])
+    return groups
+
+
+def _share(one: RunConfig, other: RunConfig) -> bool:
+    # A bad sample is found by one run and not read by the others, who would have to be told.
+    if not one.share_teacher_pass or one.teacher is None or one.on_bad_sample == "quarantine":
+        return False
+    names = {field.name for field in dataclasses.fields(RunConfig)} - _MAY_DIFFER
+    return all(getattr(one, name) == getattr(other, name) for name in names)
+
+
+def run_group(
+    configs: Sequence[RunConfig], job: Job, *, key: str, guards: Guards, worker: TeacherProcess | None
+) -> list[dict[str, Any]]:
+    """Some runs on this rank, together.
+
+    Args:
+        configs: one, or several of one group.
+        key: names their points of agreement.
+        worker: holds the teacher of a teacher rank.
+
+    Returns:
+        On rank 0 the summary of each, elsewhere nothing.
+    """
+    runs: list[OpenRun] = []
+    try:
+        for number, config in enumerate(configs):
+            runs.append(_open_run(config, job, f"{key}-{number}", guards, worker, runs))
+    except JobEnded as ended:
+        guards.emergency.fail(str(ended))
+        _remove_those_empty(job, configs)
+        raise
+    teacher = next((run.teacher for run in runs if run.teacher is not None), None)
+    displays = [RunDisplay(enabled=job.world.rank == 0, is_alone=len(configs) == 1) for _ in configs]
+    found: list[dict[str, Any]] = [{} for _ in runs]
+    if job.role == "teacher":
+        serve_teacher(job, teacher, key)
+    else:
+        runs = [_track(run, job, guards, display) for run, display in zip(runs, displays, strict=True)]
+        found = _train(runs, job, teacher, key, guards, displays)
+    _check_teacher_unchanged(job, teacher, key)
+    if job.world.rank != 0:
+        return []
+    guards.notices.read(job.store)
+    guards.notices.listener = None
+    summaries = [_finish(run, found) for run, found in zip(runs, found, strict=True)]
+    guards.emergency.end("FINISHED")
+    return summaries
+
+
+def _open_run(
+    config: RunConfig, job: Job, key: str, guards: Guards, worker: TeacherProcess | None, before: Sequence[OpenRun]
+) -> OpenRun:
+    """Claim the directory of a run, prepare it, and have its teacher: that of the runs before it, if they have one."""
+    check_shared_directory(job, config.run_dir)
+    lock_directory(job, config, key, guards.emergency)
+    prepared = prepare_together(job, config, key)
+    had = next(((run.teacher, run.note) for run in before if run.note is not None), None)
+    teacher, note = load_teacher(job, prepared, key, worker) if had is None else had
+    if not prepared.plan.needs_teacher:
+        teacher, note = None, None
+    run_key, num_done, point = open_record(job, prepared, note.digest if note else None, key)
+    return OpenRun(
+        prepared=keep_micro_batch_size(prepared, point),
+        teacher=teacher,
+        note=note,
+        run_key=run_key,
+        num_done=num_done,
+        point=point,
+        tracker=NullTracker(),
+    )
+
+
+def _track(run: OpenRun, job: Job, guards: Guards, display: RunDisplay) -> OpenRun:
+    """The run with its tracker, on the first student; from here on its failures are written down."""
+    if job.world.rank == 0:
+        with cannot_go_on_without(run.config.run_dir / JOURNAL_FILE):
+            tracker = track_run(run.prepared, job, run.run_key, run.digest, notify=display.notice)
+        guards.emergency.watch(tracker, run.config)
+        run = dataclasses.replace(run, tracker=tracker)
+    display.start_run(f"{run.config.name}: {run.config.method}", len(run.prepared.plan.stages))
+    return run
+
+
+def _train(
+    runs: Sequence[OpenRun],
+    job: Job,
+    teacher: Teacher | None,
+    key: str,
+    guards: Guards,
+    displays: Sequence[RunDisplay],
+) -> list[dict[str, Any]]:
+    """Let the students of all runs go on in turns, over one link."""
+    config, stop_asked = runs[0].config, lambda: guards.stop.asked
+
+    def tell(*event: Any, **data: Any) -> None:
+        for run in runs:
+            run.tracker.log_teacher(*event, **data)
+
+    guards.notices.listener = tell
+    link = make_link(job, teacher, key, teacher_timeout_s=config.teacher_timeout_s, is_stopping=stop_asked)
+    shares = _pass_plan(runs)
+    make_ask = AskAhead if shares is None else partial(SharedAsk, plan=shares)
+    ask = make_ask(link, depth=config.prefetch, on_batch=guards.pulse.beat)
+    sides = [
+        _student_side(run, job, ask, shares, stop_asked, display) for run, display in zip(runs, displays, strict=True)
+    ]
+    found = take_turns(
+        [run_student(side) for side in sides],
+        device=device_of(job),
+        after_round=ask.forget if isinstance(ask, SharedAsk) else lambda: None,
+    )
+    guards.pulse.rest()
+    if link is not None:
+        link.close()
+    for display in displays:
+        display.end_run()
+    return found
+
+
+def _pass_plan(runs: Sequence[OpenRun]) -> PassPlan | None:
+    """What runs of a group share; None for a run alone."""
+    first = runs[0].prepared
+    if len(runs) == 1:
+        return None
+    if any(run.prepared.shape != first.shape for run in runs):
+        raise UserError(
+            "runs that share a teacher pass have micro-batches of different sizes, from resume points of their own",
+            do="give --micro-batch-size, or --share-teacher-pass False",
+        )
+    assert first.models.teacher is not None, "runs without a teacher do not share"
+    plans = [run.prepared.plan for run in runs]
+    return PassPlan(plans, teacher_cut=first.models.teacher, shape=first.shape)
+
+
+def _student_side(
+    run: OpenRun,
+    job: Job,
+    ask: AskAhead,
+    shares: PassPlan | None,
+    stop_asked: Callable[[], bool],
+    display: RunDisplay,
+) -> StudentSide:
+    return StudentSide(
+        prepared=run.prepared,
+        student_rank=job.role_rank,
+        device=device_of(job),
+        engine_spec=engine_spec_of(run.config),
+        ask=ask,
+        tracker=run.tracker,
+        display=display,
+        teacher_digest=run.digest,
+        teacher_dtype=run.note.dtype if run.note else None,
+        num_done=run.num_done,
+        resume_point=run.point,
+        board=job.role_board,
+        stop_asked=stop_asked,
+        quarantine=quarantine_of(run.prepared, board=job.role_board, tracker=run.tracker, notify=display.notice),
+        shares=shares,
+    )
+
+
+def _check_teacher_unchanged(job: Job, teacher: Teacher | None, key: str) -> None:
+    """Frozen means frozen: a difference is a defect of ours."""
+    if teacher is not None and teacher.has_moved():
+        raise RuntimeError(f"rank {job.world.rank}: the teacher's weights moved during the run")
+    agree(job, f"{key}/finished", None)
+
+
+def _remove_those_empty(job: Job, configs: Sequence[RunConfig]) -> None:
+    """A run that was refused before it began leaves no directory behind."""
+    for config in configs if job.world.rank == 0 else ():
+        if config.run_dir.exists() and not any(config.run_dir.iterdir()):
+            config.run_dir.rmdir()
+
+
+def _finish(run: OpenRun, found: dict[str, Any]) -> dict[str, Any]:
+    """Write down what came out of a run, and give it back."""
+    summary = _summary(run.prepared, found, run.digest, run.tracker)
+    with cannot_go_on_without(run.config.run_dir / "summary.json"):
+        write_summary(run.config.run_dir, summary)
+    run.tracker.log_dict(summary, name="summary.json")
+    return summary
+
+
+def _summary(prepared: Prepared, found: dict[str, Any], digest: str | None, tracker: RunTracker) -> dict[str, Any]:
+    config = prepared.config
+    return {
+        "status": "finished",
+        "name": config.name,
+        "method": config.method,
+        "fraction": config.fraction,
+        "seed": config.seed,
+        "num_train_samples": len(prepared.splits.train_ids),
+        "data_digest": prepared.splits.digest,
+        "label_noise_frac": prepared.splits.selection.label_noise_frac,
+        "plan_digest": prepared.plan.digest(),
+        "teacher": {"name": config.teacher, "digest": digest, "top1_frac": found.pop("teacher_top1_frac")},
+        "student": {"name": config.student, "num_params": found.pop("num_params")},
+        **found,
+        "mlflow": tracker.summary(),
+    }
