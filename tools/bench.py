@@ -2,6 +2,7 @@
 
     python tools/bench.py stage [--image-sizes 224 64] [--rounds 5]
     python tools/bench.py checkpoint [--folder DISK]
+    python tools/bench.py grid [--rounds 3]
     python tools/bench.py data --data ZIPS [--sets cifar10 imagenette] [--parts ways bytes]
 
 `stage`: images/s of every stage of a pair of networks in four ways:
@@ -38,6 +39,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # as a script it is there alread
 from bench_checkpoint import CheckpointBench, measure
 from bench_data import DataBench
 from bench_data import measure as measure_data
+from bench_grid import GridBench
+from bench_grid import measure as measure_grid
 
 from skd_dist.contracts import Batch, Engine, Outputs, PlanContext, TeacherLink
 from skd_dist.engines import EngineSpec, make_engine
@@ -386,5 +389,10 @@ def data(bench: tyro.conf.OmitArgPrefixes[DataBench]) -> None:
     measure_data(bench)
 
 
+def grid(bench: tyro.conf.OmitArgPrefixes[GridBench]) -> None:
+    """Wall time of a grid of students: apart, chained in one launch, sharing one pass of the teacher."""
+    measure_grid(bench)
+
+
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict({"stage": stage, "checkpoint": checkpoint, "data": data})
+    tyro.extras.subcommand_cli_from_dict({"stage": stage, "checkpoint": checkpoint, "data": data, "grid": grid})
