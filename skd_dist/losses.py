@@ -38,6 +38,13 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return functional.cross_entropy(logits.float(), labels, reduction="none")
 
 
+def distillation_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) -> Tensor:
+    """Squared temperature times KL(teacher || student) of the softened probabilities, per sample; float32 [N]."""
+    student = (student_logits.float() / temperature).log_softmax(1)
+    teacher = (teacher_logits.detach().float() / temperature).log_softmax(1)
+    return temperature**2 * functional.kl_div(student, teacher, log_target=True, reduction="none").sum(1)
+
+
 def feature_moments(features: Tensor) -> tuple[Tensor, Tensor]:
     """Per-sample mean and mean square, from which the variance over a whole data set follows by summing.
 
