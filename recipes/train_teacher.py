@@ -2,7 +2,8 @@
 
 `--teacher` is the network, `--teacher-checkpoint` its initial weights (`pretrained` fine-tunes timm's),
 `--head-duration` how long it trains. The result is RUN/student/model.safetensors, for --teacher-checkpoint of a
-distillation.
+distillation. With `--exits` every stage gets a classifier, all learn together, and RUN/student/exits.safetensors is
+what `--method mskd_oto` looks for beside the model.
 
 Paper: the teachers of Kulkarni et al., arXiv 1911.06786, are ImageNet ResNet-34s fine-tuned for 50 epochs on the whole
 training set (Imagenette 99.2, Imagewoof 91.4, CIFAR-10 87.51 % top-1).
@@ -18,6 +19,7 @@ Cost: not measured on GPUs yet.
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from skd_dist.cli import main
@@ -25,8 +27,16 @@ from skd_dist.config import RunConfig
 from skd_dist.toy import toy
 
 
-def config() -> RunConfig:
-    return RunConfig(
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherConfig(RunConfig):
+    """A run that trains a teacher."""
+
+    exits: bool = False
+    """Train a teacher with several exits, for mskd_oto."""
+
+
+def config() -> TeacherConfig:
+    return TeacherConfig(
         train_shards="data/imagenet/train",
         val_shards="data/imagenet/val",
         num_classes=1000,
@@ -44,13 +54,15 @@ def config() -> RunConfig:
     )
 
 
-def as_training(parsed: RunConfig) -> Sequence[RunConfig]:
+def as_training(parsed: TeacherConfig) -> Sequence[RunConfig]:
     """The teacher takes the student's place: it is what trains."""
+    method = "teacher_training_exits" if parsed.exits else parsed.method
     if parsed.teacher is None:
-        return (parsed,)
+        return (dataclasses.replace(parsed, method=method),)
     return (
         dataclasses.replace(
             parsed,
+            method=method,
             student=parsed.teacher,
             student_checkpoint=parsed.teacher_checkpoint,
             teacher=None,

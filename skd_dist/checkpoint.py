@@ -1,8 +1,9 @@
 """Stage results: what one stage hands to the next, as files that need no engine to read.
 
-A stage result is `student.safetensors` and `manifest.json` in one directory. The manifest is written last, is fsynced
-and renamed into place, and holds the sha256 of the tensors: **a stage result exists when its manifest does**. Only one
-rank writes; every rank may read. Resuming inside a stage is another matter and is not here.
+A stage result is `student.safetensors` and `manifest.json` in one directory, and, for methods that publish it, one more
+tensor file with what trained beside the student. The manifest is written last, is fsynced and renamed into place, and
+holds the sha256 of the tensors: **a stage result exists when its manifest does**. Only one rank writes; every rank may
+read. Resuming inside a stage is another matter and is not here.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -21,7 +22,8 @@ from torch import Tensor
 from skd_dist.errors import UserError
 
 MANIFEST = "manifest.json"
-TENSORS = "student.safetensors"
+SUFFIX = ".safetensors"
+TENSORS = f"student{SUFFIX}"
 
 
 def fsync_path(path: Path) -> None:
@@ -81,13 +83,24 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def write_stage_result(directory: Path, state: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+class Companion(NamedTuple):
+    """What trained beside the student and is published with it."""
+
+    file: str
+    """Name of its file, without suffix."""
+    state: dict[str, Tensor]
+
+
+def write_stage_result(
+    directory: Path, state: Mapping[str, Tensor], record: Mapping[str, Any], *, companion: Companion | None = None
+) -> None:
     """Publish a finished stage.
 
     Args:
         directory: of this stage; an unfinished earlier attempt in it is replaced.
         state: all parameters and buffers of the student, under timm's names.
         record: what the manifest says beside the tensors (stage, digests, metrics, parents, versions).
+        companion: published in a file of its own.
 
     Raises:
         UserError: the disk is full or cannot be written.
@@ -95,8 +108,16 @@ def write_stage_result(directory: Path, state: Mapping[str, Tensor], record: Map
     with cannot_go_on_without(directory):
         if directory.exists() and not (directory / MANIFEST).exists():
             shutil.rmtree(directory)
-        sha256 = write_tensors(directory / TENSORS, state)
-        write_json(directory / MANIFEST, {**record, "tensors": {"file": TENSORS, "sha256": sha256}})
+        files = {"tensors": _write_file(directory / TENSORS, state)}
+        if companion is not None:
+            path = directory / f"{companion.file}{SUFFIX}"
+            assert path.name != TENSORS, "the companion's file would be the student's"
+            files["companion"] = _write_file(path, companion.state)
+        write_json(directory / MANIFEST, {**record, **files})
+
+
+def _write_file(path: Path, state: Mapping[str, Tensor]) -> dict[str, str]:
+    return {"file": path.name, "sha256": write_tensors(path, state)}
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:
@@ -119,16 +140,34 @@ def read_stage_result(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any
     """The student's tensors after a stage, and the manifest.
 
     Raises:
-        UserError: there is none, or the tensors are not those the manifest speaks of.
+        UserError: there is none, or the tensors, its companion's too, are not those the manifest speaks of.
     """
     manifest = read_manifest(directory)
     if manifest is None:
         raise UserError(f"no stage result in {directory}", do="run the stages before it first")
-    path = directory / manifest["tensors"]["file"]
-    if not path.exists() or file_sha256(path) != manifest["tensors"]["sha256"]:
+    for record in (manifest["tensors"], *filter(None, [manifest.get("companion")])):
+        _check_bytes(directory / record["file"], record["sha256"])
+    return load_file(directory / manifest["tensors"]["file"]), manifest
+
+
+def read_companion(directory: Path) -> Companion | None:
+    """What trained beside the student in a stage; None where nothing was published.
+
+    Raises:
+        UserError: the tensors are not those the manifest speaks of.
+    """
+    record = (read_manifest(directory) or {}).get("companion")
+    if record is None:
+        return None
+    path = directory / record["file"]
+    _check_bytes(path, record["sha256"])
+    return Companion(file=record["file"].removesuffix(SUFFIX), state=load_file(path))
+
+
+def _check_bytes(path: Path, sha256: str) -> None:
+    if not path.exists() or file_sha256(path) != sha256:
         raise UserError(
             f"stage result {path} is damaged",
             got="other bytes than its manifest records",
             do="remove this stage's directory and those of the stages after it, then run with --resume",
         )
-    return load_file(path), manifest

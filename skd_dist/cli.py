@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from skd_dist.config import RunConfig, parse_flags
+from skd_dist.config import Config, RunConfig, parse_flags
 from skd_dist.dry_run import describe_runs
 from skd_dist.errors import EXIT_USER_ERROR, UserError
 from skd_dist.job.consensus import print_error
@@ -20,21 +20,19 @@ from skd_dist.job.launcher_env import read_world
 from skd_dist.roles import World
 from skd_dist.runner import check_runs, run_all
 
-Expand = Callable[[RunConfig], Sequence[RunConfig]]
-
 
 def main(
-    config: RunConfig,
+    config: Config,
     *,
     description: str,
-    toy: Callable[[RunConfig], RunConfig],
-    expand: Expand = lambda config: (config,),
+    toy: Callable[[Config], Config],
+    expand: Callable[[Config], Sequence[RunConfig]] = lambda config: (config,),
     argv: Sequence[str] | None = None,
 ) -> None:
     """Run a recipe and exit.
 
     Args:
-        config: the recipe's defaults.
+        config: the recipe's defaults; of a class of the recipe's own, where it has flags of its own.
         description: the recipe's docstring, shown by --help.
         toy: shrinks the defaults to seconds where --toy is given; flags still win over it.
         expand: the runs of this launch, from the parsed configuration.
@@ -74,7 +72,7 @@ def _without_launcher_flags(arguments: Sequence[str]) -> list[str]:
     return [argument for argument in arguments if not argument.startswith(("--local_rank=", "--local-rank="))]
 
 
-def _parse_once(arguments: Sequence[str], *, default: RunConfig, description: str, world: World) -> RunConfig:
+def _parse_once(arguments: Sequence[str], *, default: Config, description: str, world: World) -> Config:
     """Parse on every rank, but let only rank 0 print help and complaints."""
     silent = io.StringIO()
     with contextlib.ExitStack() as stack:

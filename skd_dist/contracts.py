@@ -98,6 +98,12 @@ class Method(Protocol):
         """Whether a loss looks at several samples of a micro-batch at once: then its size changes the result."""
         ...
 
+    @property
+    def companion_file(self) -> str | None:
+        """Name without suffix of the file in which the last stage's companion is published beside the student; None:
+        it is not. `predictions` of such a method are measured with the finished student too."""
+        ...
+
     def plan(self, context: PlanContext) -> StagePlan: ...
 
     def companion(self, stage: StageSpec, models: StageModels) -> nn.Module | None:

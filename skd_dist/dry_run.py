@@ -11,9 +11,10 @@ from pathlib import Path
 
 from skd_dist.config import RunConfig
 from skd_dist.data.selection import describe_steps
-from skd_dist.models.cost import GroupCost, group_costs
-from skd_dist.models.cut import ModelCut
-from skd_dist.plan import StageSpec
+from skd_dist.models.cost import GroupCost, exit_costs, group_costs
+from skd_dist.models.cut import HEAD, ModelCut
+from skd_dist.models.exits import EXITS, group_of, is_exit
+from skd_dist.plan import LOGITS, StageSpec
 from skd_dist.prepare import Prepared, prepare_run, unpack_embedded_data, uses_embedded_data
 from skd_dist.roles import RoleMap, World
 from skd_dist.runner import roles_of
@@ -31,7 +32,10 @@ def describe_runs(configs: Sequence[RunConfig], *, world: World) -> str:
 def _describe(config: RunConfig, roles: RoleMap, world: World) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         prepared = _prepare_without_traces(config, roles, Path(scratch))
-    return "\n".join([_header(prepared), _roles(roles, world), _matching(prepared), _stages(prepared)])
+    parts = [_header(prepared), _roles(roles, world), _matching(prepared), _stages(prepared)]
+    if prepared.method.companion_file == EXITS:
+        parts.append(_exits(prepared.models.student))
+    return "\n".join(parts)
 
 
 def _prepare_without_traces(config: RunConfig, roles: RoleMap, scratch: Path) -> Prepared:
@@ -99,8 +103,8 @@ def _stages(prepared: Prepared) -> str:
                 "+".join(stage.trains),
                 f"{sum(student[name].num_params for name in stage.trains):,}",
                 f"{_flops(student, _student_reach(stage)) / 1e6:,.1f}",
-                f"{_flops(teacher, stage.teacher_outputs) / 1e6:,.1f}",
-                f"{sum(teacher[name].feature_bytes_per_image() for name in stage.teacher_outputs) / 1024:,.1f}",
+                f"{_flops(teacher, _teacher_reach(stage)) / 1e6:,.1f}",
+                f"{_link_bytes(teacher, stage) / 1024:,.1f}",
             )
         )
     return _table(rows) + "\n(FLOPs and bytes per image; forward pass; link at 2 bytes a value)"
@@ -108,6 +112,23 @@ def _stages(prepared: Prepared) -> str:
 
 def _student_reach(stage: StageSpec) -> tuple[str, ...]:
     return ("head",) if stage.student_logits else tuple(tap.student for tap in stage.taps)
+
+
+def _teacher_reach(stage: StageSpec) -> list[str]:
+    """The groups that end where the outputs asked for are taken, or where an exit stands."""
+    outputs = (group_of(name) if is_exit(name) else name for name in stage.teacher_outputs)
+    return [HEAD if name == LOGITS else name for name in outputs]
+
+
+def _link_bytes(teacher: dict[str, GroupCost], stage: StageSpec) -> int:
+    """Features only: logits are too few to matter."""
+    return sum(teacher[name].feature_bytes_per_image() for name in stage.teacher_outputs if name in teacher)
+
+
+def _exits(cut: ModelCut) -> str:
+    rows = [("exit", "params", "MFLOPs")]
+    rows += [(cost.name, f"{cost.num_params:,}", f"{cost.flops_per_image / 1e6:,.1f}") for cost in exit_costs(cut)]
+    return _table(rows) + "\n(the network up to an exit, and the exit; stages above are without exits)"
 
 
 def _flops(costs: dict[str, GroupCost], reach: Sequence[str]) -> int:

@@ -4,7 +4,7 @@ The loader pads the last batches so that all students take the same number of st
 measured is a plain module in eval mode, never an engine, so ZeRO and precision settings cannot change a result.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,30 @@ def evaluate_logits(
     return meter.reduce()
 
 
+def evaluate_predictions(
+    predict: Callable[[Batch], Mapping[str, Tensor]],
+    *,
+    batches: Iterable[Batch],
+    device: torch.device,
+    after_batch: AfterBatch = go_on,
+) -> dict[str, float]:
+    """Top-1 accuracy of several predictions over a split, each by its name.
+
+    Args:
+        predict: batch on the device -> class scores [N, K] by name.
+
+    Returns:
+        Name -> share of valid samples, 0..1; equal on all students. Collective.
+    """
+    meter = Meter()
+    for cpu_batch in batches:
+        with torch.inference_mode():
+            batch = to_device(cpu_batch, device)
+            _add_predictions(meter, predict(batch), batch, prefix="")
+        after_batch()
+    return meter.reduce()
+
+
 def evaluate_stage(
     module: nn.Module,
     *,
@@ -86,10 +110,14 @@ def evaluate_stage(
             add_variances(meter, targets, batch.valid)
             if LOGITS in outputs:
                 _add_classification(meter, outputs[LOGITS], batch)
-            for name, scores in method.predictions(stage, outputs).items():
-                meter.add_samples(f"top1_frac/{name}", (scores.argmax(1) == batch.labels).float(), batch.valid)
+            _add_predictions(meter, method.predictions(stage, outputs), batch, prefix="top1_frac/")
         after_batch()
     return {f"val/{name}": value for name, value in with_nmse(meter.reduce(), stage).items()}
+
+
+def _add_predictions(meter: Meter, predictions: Mapping[str, Tensor], batch: Batch, *, prefix: str) -> None:
+    for name, scores in predictions.items():
+        meter.add_samples(f"{prefix}{name}", (scores.argmax(1) == batch.labels).float(), batch.valid)
 
 
 def _add_classification(meter: Meter, logits: Tensor, batch: Batch) -> None:

@@ -68,7 +68,7 @@ class StageSpec:
     teacher_logits: bool = False
     """Whether the teacher is asked for its logits."""
     teacher_extra: tuple[str, ...] = ()
-    """Further outputs that the teacher is asked for by name."""
+    """Further outputs that the teacher is asked for by name; naming one twice asks for it once."""
     num_steps: int
     """Optimizer steps, > 0."""
     optimizer: OptimizerSpec
@@ -79,9 +79,10 @@ class StageSpec:
 
     @property
     def teacher_outputs(self) -> tuple[str, ...]:
-        """What the teacher is asked for, in network order; empty where the stage needs no teacher."""
-        logits = (LOGITS,) if self.teacher_logits else ()
-        return (*(tap.teacher for tap in self.taps), *self.teacher_extra, *logits)
+        """What the teacher is asked for, each once, logits last; empty where the stage needs no teacher."""
+        asked = dict.fromkeys([*(tap.teacher for tap in self.taps), *self.teacher_extra])
+        logits = (LOGITS,) if self.teacher_logits or LOGITS in asked else ()
+        return (*(name for name in asked if name != LOGITS), *logits)
 
     @property
     def directory_name(self) -> str:

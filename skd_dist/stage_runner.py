@@ -9,7 +9,7 @@ it makes no difference whether the stage before it ran in this process or in an 
 from collections.abc import Mapping
 from contextlib import closing
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from skd_dist import __version__
-from skd_dist.checkpoint import write_stage_result
+from skd_dist.checkpoint import Companion, write_stage_result
 from skd_dist.data.images import ImageTransform
 from skd_dist.data.index import ShardIndex
 from skd_dist.data.loader import Batches, ShardDataset, eval_batches, train_batches
@@ -32,7 +32,7 @@ from skd_dist.shared_pass import BatchKey, KeyedBatches, Turns
 from skd_dist.stage_loop import mean_nmse, run_stage
 from skd_dist.stage_resume import begin, make_checkpointer, start_state
 from skd_dist.stage_side import State, StudentSide
-from skd_dist.student import StageModule, build_stage_module, student_part
+from skd_dist.student import StageModule, build_stage_module, companion_part, student_part
 
 REPORTS_PER_STAGE = 50
 """Points of a stage's curves: enough to see its shape, few enough for any store."""
@@ -41,8 +41,19 @@ EVALUATIONS_PER_STAGE = 10
 """How often `--stage-weights best` looks at the validation loss; the published code looks once per epoch."""
 
 
-def train_stage(side: StudentSide, stage: StageSpec, state: State) -> Turns[tuple[State, dict[str, Any]]]:
-    """One stage from the student's state before it to the state after it, and its entry in the summary."""
+class StageResult(NamedTuple):
+    """What a stage came to."""
+
+    state: State
+    """The student after it."""
+    entry: dict[str, Any]
+    """Its part of the summary."""
+    companion: Companion | None
+    """What trained beside the student, where the method publishes it."""
+
+
+def train_stage(side: StudentSide, stage: StageSpec, state: State) -> Turns[StageResult]:
+    """One stage, from the student's state before it."""
     config, shape = side.prepared.config, side.prepared.shape
     state = start_state(side, stage, state)
     side.display.start_stage(stage.index, stage.name, stage.num_steps)
@@ -95,10 +106,11 @@ def train_stage(side: StudentSide, stage: StageSpec, state: State) -> Turns[tupl
     report = progress.averaged()
     check_frozen(side, stage, before=state, after=student_part(chosen))
     entry = _summary_entry(stage, report, chosen_values, num_images=stage.num_steps * shape.global_batch_size)
-    _publish(side, stage, student_part(chosen), entry)
+    result = StageResult(state=student_part(chosen), entry=entry, companion=_companion(side, chosen))
+    _publish(side, stage, result)
     side.display.end_stage({**report.last_values, **chosen_values, **_overall_rates(entry)})
     side.tracker.end_child("FINISHED")
-    return student_part(chosen), entry
+    return result
 
 
 def stage_module(side: StudentSide, stage: StageSpec, state: Mapping[str, Tensor]) -> StageModule:
@@ -276,22 +288,28 @@ def _overall_rates(entry: Mapping[str, Any]) -> dict[str, float]:
     return {f"perf/{name}": entry[name] for name in names}
 
 
-def _publish(side: StudentSide, stage: StageSpec, state: State, entry: Mapping[str, Any]) -> None:
+def _companion(side: StudentSide, module_state: Mapping[str, Tensor]) -> Companion | None:
+    file, state = side.prepared.method.companion_file, companion_part(module_state)
+    return None if file is None or not state else Companion(file=file, state=state)
+
+
+def _publish(side: StudentSide, stage: StageSpec, result: StageResult) -> None:
     if not side.writes:
         return
     write_stage_result(
         side.stage_directory(stage),
-        state,
+        result.state,
         {
             "stage": {"index": stage.index, "name": stage.name, **_stage_params(stage)},
             "plan_digest": side.prepared.plan.digest(),
             "data_digest": side.prepared.splits.digest,
             "teacher_digest": side.teacher_digest,
-            "weights_digest": weights_digest(state),
+            "weights_digest": weights_digest(result.state),
             "parent": side.prepared.plan.stages[stage.index - 1].directory_name if stage.index else None,
             "versions": {"skd_dist": __version__, "torch": torch.__version__},
-            "summary": entry,
+            "summary": result.entry,
         },
+        companion=result.companion,
     )
     side.tracker.log_published("stage_result", stage=stage.name, step=stage.num_steps)
     remove_all(side.resume_root(stage))

@@ -20,6 +20,8 @@ from skd_dist.plan import LOGITS, StageSpec
 MODEL_PREFIX = "model."
 """Names of the student's own tensors in a StageModule's state; all others belong to adapters and companion."""
 
+COMPANION_PREFIX = "companion."
+
 
 class StageModule(nn.Module):
     """A cut model that gives what its stage compares, in the teacher's shapes.
@@ -108,7 +110,16 @@ def _make_companion(
 
 def student_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The student's own tensors of a StageModule state, under timm's names; adapters are left behind."""
-    return {name.removeprefix(MODEL_PREFIX): value for name, value in state.items() if name.startswith(MODEL_PREFIX)}
+    return _part(state, MODEL_PREFIX)
+
+
+def companion_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The companion's tensors of a StageModule state, under its own names; empty where there is none."""
+    return _part(state, COMPANION_PREFIX)
+
+
+def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def build_stage_module(

@@ -1,25 +1,38 @@
 """A run as a student lives it: is the teacher worth learning from, which stages are left, what came out.
 
+What came out is the student alone; of a method that publishes what trained beside it (exits), its predictions as well.
+
 Every student walks through here in step; rank 0 alone writes the run's files.
 """
 
 import math
+from collections.abc import Mapping
 from contextlib import closing
 from functools import partial
 from typing import Any
 
-from skd_dist.checkpoint import cannot_go_on_without, read_manifest, read_stage_result, write_tensors
+from skd_dist.checkpoint import (
+    SUFFIX,
+    Companion,
+    cannot_go_on_without,
+    read_companion,
+    read_manifest,
+    read_stage_result,
+    write_tensors,
+)
 from skd_dist.checkpointer import Preempted
 from skd_dist.data.bad_samples import BadSample
 from skd_dist.errors import UserError
-from skd_dist.evaluate import evaluate_logits
+from skd_dist.evaluate import evaluate_logits, evaluate_predictions
 from skd_dist.meters import any_student
+from skd_dist.models.cost import exit_costs
 from skd_dist.models.create import create_model, load_weights, weights_digest
 from skd_dist.models.cut import run_cut
+from skd_dist.models.exits import EXITS
 from skd_dist.plan import LOGITS
 from skd_dist.prepare import Prepared
 from skd_dist.shared_pass import Turns
-from skd_dist.stage_runner import split_batches, train_stage
+from skd_dist.stage_runner import split_batches, stage_module, train_stage
 from skd_dist.stage_side import State, StudentSide
 
 TEACHER_SAMPLE = 1024
@@ -34,16 +47,23 @@ def run_student(side: StudentSide) -> Turns[dict[str, Any]]:
     """
     side.quarantine.begin(left_out(side))
     teacher_top1 = measure_teacher(side)
-    state, stages = yield from run_stages(side)
-    write_student(side, state)
-    measured = {split: measure_student(side, state, split) for split in ("val", "test") if _has(side, split)}
+    state, stages, companion = yield from run_stages(side)
+    write_student(side, state, companion)
+    splits = [split for split in ("val", "test") if _has(side, split)]
+    measured = {split: measure_student(side, state, split) for split in splits}
     final = {f"final/{split}/{name}": value for split, values in measured.items() for name, value in values.items()}
+    beside: dict[str, Any] = {}
+    if companion is not None:
+        top1 = {split: measure_companion(side, state, companion, split) for split in splits}
+        final |= {f"final/{split}/top1_frac/{name}": top1[split][name] for split in splits for name in top1[split]}
+        beside = {companion.file: describe_predictions(side, companion, top1)}
     side.tracker.log_metrics(final, step=sum(stage["steps"] for stage in stages), child=False)
     return {
         "teacher_top1_frac": teacher_top1,
         "num_params": sum(value.numel() for name, value in state.items() if name in _parameters(side)),
         "stages": stages,
         **measured,
+        **beside,
         "weights_digest": weights_digest(state),
     }
 
@@ -90,25 +110,28 @@ def count_done(prepared: Prepared) -> int:
     return done
 
 
-def run_stages(side: StudentSide) -> Turns[tuple[State, list[dict[str, Any]]]]:
+def run_stages(side: StudentSide) -> Turns[tuple[State, list[dict[str, Any]], Companion | None]]:
     """Train what is left of the plan.
 
     Returns:
-        The finished student's tensors under timm's names, and one summary entry per stage.
+        The finished student's tensors under timm's names, one summary entry per stage, and what trained beside the
+        student in the last stage, where the method publishes it.
     """
     plan = side.prepared.plan
     entries: list[dict[str, Any]] = []
+    companion: Companion | None = None
     state = initial_state(side) if side.num_done == 0 else None
     for stage in plan.stages[: side.num_done]:
         state, manifest = read_stage_result(side.stage_directory(stage))
+        companion = read_companion(side.stage_directory(stage))
         entries.append(manifest["summary"])
         side.display.notice(f"stage {stage.name} is done already")
     for stage in plan.stages[side.num_done :]:
         assert state is not None
-        state, entry = yield from train_stage(side, stage, state)
+        state, entry, companion = yield from train_stage(side, stage, state)
         entries.append(entry)
     assert state is not None
-    return state, entries
+    return state, entries, companion
 
 
 def initial_state(side: StudentSide) -> State:
@@ -137,6 +160,38 @@ def measure_student(side: StudentSide, state: State, split: str) -> dict[str, fl
     return measured
 
 
+def measure_companion(side: StudentSide, state: State, companion: Companion, split: str) -> dict[str, float]:
+    """Top-1 of each of the method's predictions, with the student and its companion as they are published."""
+    stage = side.prepared.plan.stages[-1]
+    module = stage_module(side, stage, state)
+    assert module.companion is not None, "what was published was the companion of this stage"
+    module.companion.load_state_dict(companion.state, strict=True)
+    module = module.eval().to(side.device)
+    with closing(split_batches(side, split)) as batches:
+        measured = evaluate_predictions(
+            lambda batch: side.prepared.method.predictions(stage, module(batch.images)),
+            batches=batches,
+            device=side.device,
+            after_batch=partial(leave_if_asked, side, f"its {companion.file} were measured on {split}"),
+        )
+    side.quarantine.settle_if_needed()
+    return measured
+
+
+def describe_predictions(
+    side: StudentSide, companion: Companion, top1: Mapping[str, Mapping[str, float]]
+) -> dict[str, dict[str, Any]]:
+    """By prediction: what it costs, where that is known, and its top-1 on each split."""
+    found: dict[str, dict[str, Any]] = {}
+    if companion.file == EXITS:
+        for cost in exit_costs(side.prepared.models.student):
+            found[cost.name] = {"num_params": cost.num_params, "flops_per_image": cost.flops_per_image}
+    for split, values in top1.items():
+        for name, value in values.items():
+            found.setdefault(name, {})[split] = {"top1_frac": value}
+    return found
+
+
 def left_out(side: StudentSide) -> dict[str, tuple[BadSample, ...]]:
     """What the indexes of the splits have left out already; a hold-out has none of its own."""
     splits = side.prepared.splits
@@ -154,12 +209,18 @@ def leave_if_asked(side: StudentSide, while_what: str) -> None:
         raise Preempted(f"stopped while {while_what}")
 
 
-def write_student(side: StudentSide, state: State) -> None:
-    """`RUN/student/model.safetensors`: what timm.create_model(..., checkpoint_path=...) loads."""
-    if side.writes:
-        path = side.prepared.config.run_dir / "student" / "model.safetensors"
+def write_student(side: StudentSide, state: State, companion: Companion | None) -> None:
+    """`RUN/student/`: `model.safetensors`, what timm.create_model(..., checkpoint_path=...) loads, and the companion.
+
+    The model comes last: who finds it finds what goes with it.
+    """
+    if not side.writes:
+        return
+    files = {"model": state} if companion is None else {companion.file: companion.state, "model": state}
+    for name, tensors in files.items():
+        path = side.prepared.config.run_dir / "student" / f"{name}{SUFFIX}"
         with cannot_go_on_without(path):
-            write_tensors(path, state)
+            write_tensors(path, tensors)
 
 
 def _has(side: StudentSide, split: str) -> bool:

@@ -6,14 +6,16 @@ on many. It is never a child of anything that trains.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from skd_dist.errors import UserError
-from skd_dist.models.create import create_model, load_weights, weights_digest
+from skd_dist.models.create import PRETRAINED, create_model, load_weights, weights_digest
 from skd_dist.models.cut import ModelCut, run_cut
+from skd_dist.models.exits import EXITS, Exits, create_exits, group_of, is_exit, load_exits
 from skd_dist.models.memory_format import arrange_images, set_memory_formats
 from skd_dist.plan import LOGITS
 
@@ -63,14 +65,24 @@ class FrozenTeacher:
         cut: its groups.
         device: where it runs.
         dtype: of its weights and answers.
+        exits: of the same network, where they are asked for.
     """
 
-    def __init__(self, model: nn.Module, *, cut: ModelCut, device: torch.device, dtype: torch.dtype) -> None:
-        self.weights_digest = weights_digest(model.state_dict())
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        cut: ModelCut,
+        device: torch.device,
+        dtype: torch.dtype,
+        exits: Exits | None = None,
+    ) -> None:
+        self.weights_digest = weights_digest(_tensors(model, exits))
         self.dtype_name = str(dtype).removeprefix("torch.")
         self._model = model.eval().requires_grad_(False).to(device=device, dtype=dtype)
         set_memory_formats(self._model, cut, weights_too=True)
-        self._digest_at_work = weights_digest(self._model.state_dict())
+        self._exits = None if exits is None else exits.eval().requires_grad_(False).to(device=device, dtype=dtype)
+        self._digest_at_work = weights_digest(_tensors(self._model, self._exits))
         self.cut = cut
         self.device = device
 
@@ -79,19 +91,29 @@ class FrozenTeacher:
 
         Args:
             images: uint8 [N, 3, H, W] on any device.
-            outputs: group names, and LOGITS.
+            outputs: group names, LOGITS, and `exit/<group>` where it has exits.
 
         Returns:
             output name -> tensor in the teacher's dtype, in whatever memory format it came out, on its device.
         """
-        taps = [name for name in outputs if name != LOGITS]
+        asked_exits = [name for name in outputs if is_exit(name)]
+        features = [name for name in outputs if name != LOGITS and not is_exit(name)]
+        taps = list(dict.fromkeys([*features, *map(group_of, asked_exits)]))
         with torch.inference_mode():
             images = arrange_images(self.cut, images.to(self.device))
             found = run_cut(self.cut, self._model, images, taps=taps, logits=LOGITS in outputs)
+            for name in asked_exits:
+                assert self._exits is not None, f"{name} was asked of a teacher that was loaded without exits"
+                found[name] = self._exits[group_of(name)](found[group_of(name)])
             return {name: found[name] for name in outputs}
 
     def has_moved(self) -> bool:
-        return weights_digest(self._model.state_dict()) != self._digest_at_work
+        return weights_digest(_tensors(self._model, self._exits)) != self._digest_at_work
+
+
+def _tensors(model: nn.Module, exits: Exits | None) -> dict[str, Tensor]:
+    own = model.state_dict()
+    return own if exits is None else {**own, **exits.state_dict(prefix=f"{EXITS}/")}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,13 +130,15 @@ class Load:
     device: str
     num_threads: int
     """Of a process that holds nothing else: another number would round differently."""
+    exits: bool = False
+    """Whether its exits are asked for: those beside the checkpoint, or with leave to go without, random ones."""
 
 
 def build_teacher(order: Load) -> FrozenTeacher:
     """Load a teacher.
 
     Raises:
-        UserError: no weights and no leave to go without, or weights that do not fit.
+        UserError: no weights or exits and no leave to go without, or such that do not fit.
     """
     cut = order.cut
     model = create_model(cut.name, num_classes=cut.num_classes, image_size=cut.image_size, seed=order.seed)
@@ -126,4 +150,21 @@ def build_teacher(order: Load) -> FrozenTeacher:
             do="give --teacher-checkpoint FILE or --teacher-checkpoint pretrained (or --allow-untrained-teacher)",
         )
     device = torch.device(order.device)
-    return FrozenTeacher(model, cut=cut, device=device, dtype=resolve_dtype(order.dtype, device))
+    exits = _build_exits(order) if order.exits else None
+    return FrozenTeacher(model, cut=cut, device=device, dtype=resolve_dtype(order.dtype, device), exits=exits)
+
+
+def _build_exits(order: Load) -> Exits:
+    file = None
+    if order.checkpoint is not None and order.checkpoint != PRETRAINED:
+        file = Path(order.checkpoint).with_name(f"{EXITS}.safetensors")
+    if file is not None and file.is_file():
+        return load_exits(order.cut, str(file), what="teacher exits")
+    if order.allow_untrained:
+        return create_exits(order.cut, seed=order.seed)
+    raise UserError(
+        f"teacher {order.cut.name} has no exits",
+        got="no checkpoint with exits" if file is None else f"no file {file}",
+        do="train one with recipes/train_teacher.py --exits and give its student/model.safetensors as "
+        "--teacher-checkpoint (or --allow-untrained-teacher)",
+    )

@@ -20,6 +20,7 @@ from skd_dist.job.rendezvous import Job
 from skd_dist.link.inline import InlineLink
 from skd_dist.link.student_side import RemoteLink
 from skd_dist.link.teacher_side import Event, cannot_be_lost, serve
+from skd_dist.models.exits import is_exit
 from skd_dist.prepare import Prepared
 from skd_dist.roles import Role
 from skd_dist.run_setup import agreed, device_of
@@ -92,6 +93,7 @@ def _build_teacher(prepared: Prepared, device: torch.device, worker: TeacherProc
         dtype=config.teacher_dtype,
         device=str(device),
         num_threads=torch.get_num_threads(),
+        exits=any(is_exit(name) for stage in prepared.plan.stages for name in stage.teacher_outputs),
     )
     if worker is None:
         return build_teacher(order)

@@ -9,7 +9,15 @@ import torch
 from safetensors import SafetensorError
 
 from skd_dist import checkpoint
-from skd_dist.checkpoint import MANIFEST, TENSORS, read_manifest, read_stage_result, write_stage_result
+from skd_dist.checkpoint import (
+    MANIFEST,
+    TENSORS,
+    Companion,
+    read_companion,
+    read_manifest,
+    read_stage_result,
+    write_stage_result,
+)
 from skd_dist.errors import UserError
 
 STATE = {"conv.weight": torch.randn(4, 3, 1, 1), "bn.num_batches_tracked": torch.tensor(7)}
@@ -94,3 +102,27 @@ def test_the_manifest_is_written_last(tmp_path: Path, monkeypatch: pytest.Monkey
     write_stage_result(tmp_path, STATE, {})
     assert order == [TENSORS, MANIFEST]
     assert json.loads((tmp_path / MANIFEST).read_text())["tensors"]["file"] == TENSORS
+
+
+def test_a_companion_is_published_in_a_file_of_its_own(tmp_path: Path) -> None:
+    exits = Companion(file="exits", state={"stage1.fc.weight": torch.randn(2, 3)})
+    write_stage_result(tmp_path / "with", STATE, {}, companion=exits)
+    write_stage_result(tmp_path / "without", STATE, {})
+    found = read_companion(tmp_path / "with")
+    assert found is not None and found.file == "exits" and found.state.keys() == exits.state.keys()
+    assert torch.equal(found.state["stage1.fc.weight"], exits.state["stage1.fc.weight"])
+    assert read_stage_result(tmp_path / "with")[0].keys() == STATE.keys()
+    assert sorted(path.name for path in (tmp_path / "with").iterdir()) == ["exits.safetensors", MANIFEST, TENSORS]
+    assert read_companion(tmp_path / "without") is None and read_companion(tmp_path / "nothing") is None
+
+
+@pytest.mark.parametrize("damage", ["other bytes", "gone"])
+def test_a_damaged_companion_is_refused(tmp_path: Path, damage: str) -> None:
+    write_stage_result(tmp_path, STATE, {}, companion=Companion(file="exits", state={"w": torch.ones(2)}))
+    path = tmp_path / "exits.safetensors"
+    path.unlink()
+    if damage == "other bytes":
+        path.write_bytes(b"other")
+    for read in (read_stage_result, read_companion):
+        with pytest.raises(UserError, match=r"stage result .*exits\.safetensors is damaged; got other bytes than its"):
+            read(tmp_path)

@@ -54,11 +54,18 @@ def run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Run:
             "teacher skd_narrow_resnet26 has no weights; give --teacher-ch",
         ),
         (("--resume",), "--resume: no run in"),
+        (
+            ("--method", "mskd_oto", "--teacher-checkpoint", "TEACHER", "--no-allow-untrained-teacher"),
+            r"teacher skd_narrow_resnet26 has no exits; got no file .*exits\.safetensors; train one with",
+        ),
+        (("--method", "mskd", "--teacher", "None"), "stage all needs a teacher; give --teacher$"),
         (("--method", "kd"), "unknown --method; got kd; expected skd, no_teacher"),
     ],
 )
 def test_bad_input_is_one_line(run: Run, tmp_path: Path, flags: tuple[str, ...], message: str) -> None:
-    code, _, stderr = run(*flags)
+    teacher = create_model("skd_narrow_resnet26", num_classes=10, image_size=32, seed=0)
+    save_file(teacher.state_dict(), tmp_path / "model.safetensors")
+    code, _, stderr = run(*(str(tmp_path / "model.safetensors") if flag == "TEACHER" else flag for flag in flags))
     (line,) = [line for line in stderr.splitlines() if line.startswith("skd_dist: ")]
     assert code == 2
     assert re.search(message, line)
@@ -94,6 +101,13 @@ def test_dry_run_shows_everything_and_writes_nothing(run: Run, tmp_path: Path, p
     assert sorted(tmp_path.rglob("*")) == before
     for expected in ("30 of 30", "rank 0", "student 0", "stem", "stage4", "head", "MFLOPs", "KiB"):
         assert expected in stdout
+
+
+def test_dry_run_of_exits_says_what_each_costs(run: Run) -> None:
+    code, stdout, _ = run("--dry-run", "--method", "mskd_oto")
+    rows = [line.split() for line in stdout.splitlines()]
+    names = [row[0] for row in rows[rows.index(["exit", "params", "MFLOPs"]) + 1 :]]
+    assert code == 0 and names[:5] == ["stage1", "stage2", "stage3", "last", "ensemble"]
 
 
 def test_dry_run_of_the_embedded_digits_writes_nothing(run: Run, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ BATCH = Batch(
 def outputs(*, seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     found = {name: torch.randn(3, 2, 4, 4, generator=generator) for name in ("stage1", "stage3")}
+    found["exit/stage1"] = torch.randn(3, 2, generator=generator)
     return {**found, LOGITS: torch.randn(3, 2, generator=generator)}
 
 

@@ -16,6 +16,7 @@ from skd_dist.errors import UserError
 from skd_dist.link.teacher_side import TeacherLostError
 from skd_dist.models.create import create_model
 from skd_dist.models.cut import cut_model
+from skd_dist.models.exits import create_exits
 from skd_dist.plan import LOGITS
 from skd_dist.teacher import Load, build_teacher
 from skd_dist.teacher_process import TeacherProcess
@@ -68,6 +69,25 @@ def test_it_answers_as_a_teacher_in_this_process_would(teacher: TeacherProcess, 
     small = teacher.answer(IMAGES[:1], (LOGITS,))
     assert torch.equal(small[LOGITS], here.answer(IMAGES[:1], (LOGITS,))[LOGITS])
     assert not teacher.has_moved()
+
+
+def test_exits_are_answered_as_in_this_process(teacher: TeacherProcess, order: Load) -> None:
+    assert order.checkpoint is not None
+    exits = create_exits(CUT, seed=3)
+    beside = Path(order.checkpoint).with_name("exits.safetensors")
+    save_file(exits.state_dict(), beside)
+    asked = ("exit/stage1", "exit/stage2", LOGITS)
+    with_exits = replace(order, exits=True)
+    here = build_teacher(with_exits)
+    teacher.load(with_exits)
+    found, expected = teacher.answer(IMAGES, asked), here.answer(IMAGES, asked)
+    assert teacher.weights_digest == here.weights_digest and list(found) == list(asked)
+    assert all(torch.equal(found[name], expected[name]) for name in asked)
+    beside.unlink()
+    with pytest.raises(UserError, match=r"teacher test_resnet has no exits; got no file .*; train one with"):
+        teacher.load(with_exits)
+    teacher.load(order)
+    assert_answers_as(teacher, order)
 
 
 def test_an_answer_stays_what_it_was_when_the_next_one_is_made(teacher: TeacherProcess) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 from skd_dist.contracts import Method
 from skd_dist.errors import UserError
+from skd_dist.methods.mskd import Mskd
+from skd_dist.methods.multi_exit import MultiExit
 from skd_dist.methods.no_teacher import NoTeacher
 from skd_dist.methods.simultaneous import Simultaneous
 from skd_dist.methods.skd import Skd
@@ -16,6 +18,10 @@ _ALL: tuple[Method, ...] = (
     NoTeacher(),
     Simultaneous(),
     NoTeacher(name="teacher_training", equal_budget=False),
+    Mskd(),
+    Mskd(name="mskd_oto", one_to_one=True),
+    MultiExit(),
+    MultiExit(name="teacher_training_exits", equal_budget=False),
 )
 
 METHODS: Mapping[str, Method] = {method.name: method for method in _ALL}

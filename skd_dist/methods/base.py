@@ -20,6 +20,10 @@ class BaseMethod:
     def compares_samples(self) -> bool:
         return False
 
+    @property
+    def companion_file(self) -> str | None:
+        return None
+
     def companion(self, stage: StageSpec, models: StageModels) -> nn.Module | None:
         return None
 

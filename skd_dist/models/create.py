@@ -63,7 +63,7 @@ def load_weights(model: nn.Module, source: str, *, what: str, new_head: bool = F
     """Load weights into a network from `create_model`, all of them or none.
 
     Args:
-        model: changed in place; untouched if an error is raised.
+        model: or a part that goes with one; changed in place, untouched if an error is raised.
         source: a `.safetensors` file, a file of `torch.save` with nothing but tensors in it (also nested as timm's
             training scripts do; averaged weights go first, as in timm), or `pretrained`.
         what: how the user calls it (`teacher checkpoint`), for errors.
@@ -160,8 +160,8 @@ def _check_fits(
 
 
 def _classifier_tensors(model: nn.Module) -> list[str]:
-    """Names of the tensors of the last layer, of both where a distilled network has two."""
-    cfg: Any = model.pretrained_cfg
+    """Names of the tensors of the last layer, of both where a distilled network has two; none of a part of one."""
+    cfg: Any = getattr(model, "pretrained_cfg", {})
     names = cfg.get("classifier") or ()
     prefixes = tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
     return [name for name in model.state_dict() if name.startswith(prefixes)]

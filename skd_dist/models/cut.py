@@ -24,6 +24,7 @@ from skd_dist.models.partition import split_buffers, split_modules, split_parame
 from skd_dist.plan import LOGITS
 
 HEAD = "head"
+STEM = "stem"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -219,7 +220,7 @@ def _group_names(modules: Sequence[str]) -> list[str]:
     """`stem` where the first feature stands outside the numbered family of the second (`act1`, then `layer1`)."""
     families = [re.sub(r"\d", "", module) for module in modules[:2]]
     num_stems = 1 if len(set(families)) == 2 else 0
-    return ["stem"] * num_stems + [f"stage{number}" for number in range(1, len(modules) - num_stems + 1)]
+    return [STEM] * num_stems + [f"stage{number}" for number in range(1, len(modules) - num_stems + 1)]
 
 
 def _check_complete(model: nn.Module, groups: Sequence[Group]) -> None:

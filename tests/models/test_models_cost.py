@@ -4,8 +4,9 @@ import pytest
 import timm
 import torch
 
-from skd_dist.models.cost import group_costs
+from skd_dist.models.cost import exit_costs, group_costs
 from skd_dist.models.cut import cut_model
+from skd_dist.models.exits import Exits
 
 
 @pytest.mark.parametrize(
@@ -42,3 +43,36 @@ def test_bytes_of_a_feature() -> None:
     assert maps[0].feature_bytes_per_image(dtype_bytes=4) == 16 * 16 * 16 * 4
     tokens = group_costs(cut_model("test_vit", num_classes=10, image_size=64))
     assert tokens[0].feature_bytes_per_image() == (1 + 16) * 64 * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "image_size", "num_exits"),
+    [
+        ("resnet18", 64, 3),
+        ("skd_narrow_resnet26", 32, 3),
+        ("convnext_atto", 64, 3),
+        ("test_resnet", 32, 3),
+        ("test_vit", 32, 3),
+    ],
+)
+def test_later_exits_cost_more(name: str, image_size: int, num_exits: int) -> None:
+    cut = cut_model(name, num_classes=10, image_size=image_size)
+    costs, groups = exit_costs(cut), group_costs(cut)
+    assert [cost.name for cost in costs] == [*(f"stage{at}" for at in range(1, num_exits + 1)), "last", "ensemble"]
+    for values in ([cost.num_params for cost in costs], [cost.flops_per_image for cost in costs]):
+        assert values == sorted(values) and len(set(values)) == num_exits + 2
+    last = costs[-2]
+    assert last.num_params == sum(group.num_params for group in groups)
+    assert last.flops_per_image == sum(group.flops_per_image for group in groups)
+
+
+def test_hand_counts_of_an_exit_and_of_all() -> None:
+    cut = cut_model("skd_narrow_resnet10", num_classes=10, image_size=32)
+    costs, groups = {cost.name: cost for cost in exit_costs(cut)}, {cost.name: cost for cost in group_costs(cut)}
+    trunk = [groups[name] for name in ("stem", "stage1", "stage2", "stage3")]
+    own_params, own_flops = 9 * 64 * 128 + 2 * 128 + 128 * 10 + 10, 2 * (9 * 64 * 128 + 128 * 10)  # to one pixel
+    assert costs["stage3"].num_params == sum(group.num_params for group in trunk) + own_params
+    assert costs["stage3"].flops_per_image == sum(group.flops_per_image for group in trunk) + own_flops
+    exits = Exits(cut)
+    everything = costs["last"].num_params + sum(parameter.numel() for parameter in exits.parameters())
+    assert costs["ensemble"].num_params == everything

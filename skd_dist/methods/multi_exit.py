@@ -1,0 +1,113 @@
+"""Multi-exit training: every exit of a network learns from labels, all at once and without a teacher.
+
+How the teacher of one-to-one MSKD is trained (for `--head-duration` alone, `teacher_training_exits`), and, at the steps
+of all SKD stages, the control of MSKD that shows what exits do without distillation ("deep supervision").
+
+Reference: formula and equal weights are our reading of Xu et al., "Multiple-Stage Knowledge Distillation", Applied
+Sciences 2022, 12(19), 9453, of which only the abstract was at hand.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from skd_dist.contracts import Batch, LossTerm, LossTerms, Outputs, PlanContext, StageModels
+from skd_dist.errors import UserError
+from skd_dist.losses import cross_entropy
+from skd_dist.methods.base import BaseMethod
+from skd_dist.methods.no_teacher import whole_budget
+from skd_dist.models.exits import ENSEMBLE, EXITS, LAST, Exits, exit_groups, exit_output
+from skd_dist.plan import LOGITS, StagePlan, StageSpec
+
+
+def exits_of_student(context: PlanContext) -> tuple[str, ...]:
+    """The student's groups with an exit.
+
+    Raises:
+        UserError: there is none beside its head.
+    """
+    groups = exit_groups(context.student_groups)
+    if not groups:
+        raise UserError(
+            "the student has no group for an exit before its head",
+            got=", ".join(context.student_groups),
+            expected="two feature groups or more",
+            do="choose another --student",
+        )
+    return groups
+
+
+def logits_by_exit(stage: StageSpec, student: Outputs) -> dict[str, Tensor]:
+    """Logits [N, K] of every exit, by group; those of the network's own head, under LAST, come last."""
+    return {**{group: student[exit_output(group)] for group in stage.student_features}, LAST: student[LOGITS]}
+
+
+def probabilities_by_exit(stage: StageSpec, student: Outputs) -> dict[str, Tensor]:
+    """Probabilities [N, K] of every exit, and under ENSEMBLE their mean.
+
+    A mean of logits would follow the exit with the largest ones.
+    """
+    found = {name: logits.float().softmax(1) for name, logits in logits_by_exit(stage, student).items()}
+    return {**found, ENSEMBLE: torch.stack(list(found.values())).mean(0)}
+
+
+def check_early_weight(early_weight: float) -> None:
+    """Refuse a weight of the early exits that cannot be used.
+
+    Raises:
+        UserError: it is negative.
+    """
+    if not early_weight >= 0:
+        raise UserError("early_weight cannot be used", got=early_weight, expected="0 or more")
+
+
+@dataclass(frozen=True, slots=True)
+class MultiExit(BaseMethod):
+    """One stage, everything trains, cross-entropy at every exit."""
+
+    name: str = "multi_exit"
+    equal_budget: bool = True
+    """Whether it takes the steps of all SKD stages together, or those of the head stage alone."""
+    early_weight: float = 1.0
+    """Of every exit but the last, >= 0: less where early exits pull the trunk away from what the last one needs."""
+
+    def __post_init__(self) -> None:
+        check_early_weight(self.early_weight)
+
+    @property
+    def companion_file(self) -> str | None:
+        return EXITS
+
+    def plan(self, context: PlanContext) -> StagePlan:
+        """A single stage over the budget."""
+        stage = StageSpec(
+            index=0,
+            name="all",
+            trains=context.student_groups,
+            student_logits=True,
+            student_features=exits_of_student(context),
+            num_steps=whole_budget(context) if self.equal_budget else context.head_steps,
+            optimizer=context.optimizer,
+        )
+        return StagePlan(method=self.name, stages=(stage,))
+
+    def companion(self, stage: StageSpec, models: StageModels) -> nn.Module:
+        """The student's exits."""
+        return Exits(models.student_cut)
+
+    def loss(
+        self, stage: StageSpec, student: Outputs, teacher: Outputs, batch: Batch, *, progress_frac: float
+    ) -> LossTerms:
+        """The sum of the cross-entropies."""
+        return {
+            f"cross_entropy/{name}": LossTerm(
+                cross_entropy(logits, batch.labels), 1.0 if name == LAST else self.early_weight
+            )
+            for name, logits in logits_by_exit(stage, student).items()
+        }
+
+    def predictions(self, stage: StageSpec, student: Outputs) -> Mapping[str, Tensor]:
+        """Each exit, and the ensemble."""
+        return probabilities_by_exit(stage, student)

@@ -1,0 +1,163 @@
+"""What a run leaves behind: the student's files and figures, with what trained beside it, also when it is resumed."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from skd_dist.checkpointer import Preempted
+from skd_dist.config import RunConfig
+from skd_dist.models.cut import run_cut
+from skd_dist.models.exits import load_exits
+from skd_dist.plan import LOGITS
+from skd_dist.prepare import Prepared, prepare_run, unpack_embedded_data
+from skd_dist.run_setup import was_published
+from skd_dist.shared_pass import take_turns
+from skd_dist.stage_runner import split_batches
+from skd_dist.stage_side import StudentSide
+from skd_dist.student_run import count_done, run_student
+from skd_dist.tracking import read_events
+from tests.test_stage_runner import CPU, at_call, student
+
+
+def finish(side: StudentSide) -> dict[str, Any]:
+    """Nobody to take turns with."""
+    (found,) = take_turns([run_student(side)], device=CPU)
+    return found
+
+
+FILES = ("exits.safetensors", "model.safetensors")
+
+
+def prepare(folder: Path, method: str) -> Prepared:
+    config = RunConfig(
+        train_shards="digits:train",
+        val_shards="digits:val",
+        test_shards="digits:test",
+        teacher="skd_narrow_resnet26",
+        student="skd_narrow_resnet10",
+        allow_untrained_teacher=True,
+        num_classes=10,
+        image_size=32,
+        fraction=0.1,
+        augment="shift",
+        global_batch_size=24,
+        num_workers=0,
+        stage_duration="1steps",
+        head_duration="1steps",
+        lr=1e-2,
+        stage_weights="best",
+        checkpoint_every="2steps",
+        method=method,
+        run_dir=folder / "run",
+    )
+    unpack_embedded_data(config)
+    return prepare_run(config, num_students=1)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    return prepare(tmp_path_factory.mktemp("runs"), "mskd")
+
+
+def side_of(prepared: Prepared, run_dir: Path, **stop: Any) -> StudentSide:
+    side = student(prepared, run_dir, **stop)
+    return dataclasses.replace(side, num_done=count_done(side.prepared))
+
+
+def final_metrics(run_dir: Path) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for event, _ in read_events(run_dir / "journal.jsonl"):
+        values = event.data.get("values", {})
+        found |= {name: value for name, value in values.items() if name.startswith("final/")}
+    return found
+
+
+@pytest.fixture(scope="module")
+def finished(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    run_dir = tmp_path_factory.mktemp("finished")
+    return run_dir, finish(side_of(prepared, run_dir))
+
+
+def test_the_model_and_its_exits_are_published(prepared: Prepared, finished: tuple[Path, dict[str, Any]]) -> None:
+    """Whoever loads both files measures what the summary says."""
+    run_dir, summary = finished
+    assert sorted(path.name for path in (run_dir / "student").iterdir()) == list(FILES)
+    model = timm.create_model(
+        "skd_narrow_resnet10", num_classes=10, checkpoint_path=str(run_dir / "student" / "model.safetensors")
+    ).eval()
+    cut = prepared.models.student
+    exits = load_exits(cut, str(run_dir / "student" / "exits.safetensors"), what="exits").eval()
+    right = dict.fromkeys(("stage1", "stage2", "stage3", "last", "ensemble"), 0)
+    total = 0
+    for batch in split_batches(side_of(prepared, run_dir), "test"):
+        with torch.no_grad():
+            own = run_cut(cut, model, batch.images, taps=["stage1", "stage2", "stage3"], logits=True)
+            logits = {name.removeprefix("exit/"): value for name, value in exits(batch.images, own).items()}
+        scores = {name: value.softmax(1) for name, value in {**logits, "last": own[LOGITS]}.items()}
+        scores["ensemble"] = torch.stack(list(scores.values())).sum(0)
+        total += int(batch.valid.sum())
+        for name, value in scores.items():
+            right[name] += int(((value.argmax(1) == batch.labels) & batch.valid).sum())
+    assert total == 360
+    for name, count in right.items():
+        assert summary["exits"][name]["test"]["top1_frac"] == pytest.approx(count / total), name
+
+
+def test_the_summary_has_the_student_and_apart_each_exit_with_its_cost(
+    finished: tuple[Path, dict[str, Any]],
+) -> None:
+    run_dir, summary = finished
+    exits = summary["exits"]
+    assert list(exits) == ["stage1", "stage2", "stage3", "last", "ensemble"]
+    for split in ("val", "test"):
+        assert exits["last"][split]["top1_frac"] == summary[split]["top1_frac"]
+    assert exits["last"]["num_params"] == summary["num_params"] < exits["ensemble"]["num_params"]
+    assert all(entry["flops_per_image"] > 0 for entry in exits.values())
+    (stage,) = summary["stages"]
+    assert all(stage["val"][f"top1_frac/{name}"] == exits[name]["val"]["top1_frac"] for name in exits)
+    metrics = final_metrics(run_dir)
+    assert all(metrics[f"final/test/top1_frac/{name}"] == exits[name]["test"]["top1_frac"] for name in exits)
+    json.dumps(summary)
+
+
+def test_a_run_resumed_after_its_last_stage_gives_the_same(
+    prepared: Prepared, finished: tuple[Path, dict[str, Any]]
+) -> None:
+    run_dir, summary = finished
+    before = {name: (run_dir / "student" / name).read_bytes() for name in FILES}
+    for name in FILES:
+        (run_dir / "student" / name).unlink()
+    side = side_of(prepared, run_dir)
+    assert side.num_done == len(prepared.plan.stages) == 1
+    again = finish(side)
+    assert {name: (run_dir / "student" / name).read_bytes() for name in FILES} == before
+    assert again == summary
+
+
+@pytest.mark.parametrize("call", [20, 55])
+def test_a_run_resumed_inside_the_stage_gives_the_same(
+    prepared: Prepared, finished: tuple[Path, dict[str, Any]], tmp_path: Path, call: int
+) -> None:
+    with pytest.raises(Preempted, match=r"^stopped after step [1-5]"):
+        finish(side_of(prepared, tmp_path, stop_asked=at_call(call)))
+    assert was_published(tmp_path)
+    side = side_of(prepared, tmp_path)
+    assert side.resume_point is not None and side.num_done == 0
+    summary = finish(side)
+    for name in FILES:
+        expected, found = (load_file(folder / "student" / name) for folder in (finished[0], tmp_path))
+        assert expected.keys() == found.keys()
+        assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
+    assert summary["exits"] == finished[1]["exits"]
+
+
+def test_a_method_without_exits_publishes_the_student_alone(prepared: Prepared, tmp_path: Path) -> None:
+    summary = finish(side_of(prepare(tmp_path, "no_teacher"), tmp_path / "run"))
+    assert [path.name for path in (tmp_path / "run" / "student").iterdir()] == ["model.safetensors"]
+    assert "exits" not in summary and not any("stage1" in name for name in final_metrics(tmp_path / "run"))
