@@ -25,7 +25,7 @@ from skd_dist.job.pulse import Pulse, StallWatch
 from skd_dist.job.rendezvous import Job, join_job, leave_job
 from skd_dist.job.stop_request import EXIT_STOPPED, StopRequest, ending_with, launchers_above
 from skd_dist.link.ask_ahead import AskAhead
-from skd_dist.prepare import Prepared
+from skd_dist.prepare import Prepared, teacher_not_used
 from skd_dist.roles import RoleMap, World, make_role_map, resolve_teacher_ranks
 from skd_dist.run_record import resume_those_begun, write_summary
 from skd_dist.run_setup import (
@@ -176,6 +176,8 @@ def run_once(
             guards.emergency.watch(tracker, config)
             guards.notices.listener = tracker.log_teacher
         display.start_run(f"{config.name}: {config.method}", len(prepared.plan.stages))
+        if unused := teacher_not_used(prepared):
+            display.notice(unused)
         stop_asked = lambda: guards.stop.asked  # noqa: E731
         link = make_link(job, teacher, key, teacher_timeout_s=config.teacher_timeout_s, is_stopping=stop_asked)
         found = run_student(

@@ -54,7 +54,7 @@ def run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Run:
             "teacher skd_narrow_resnet26 has no weights; give --teacher-ch",
         ),
         (("--resume",), "--resume: no run in"),
-        (("--method", "kd"), "unknown --method; got kd; expected skd, no_teacher"),
+        (("--method", "kd"), "unknown --method; got kd; expected skd, sskd, no_teacher"),
     ],
 )
 def test_bad_input_is_one_line(run: Run, tmp_path: Path, flags: tuple[str, ...], message: str) -> None:
