@@ -135,7 +135,10 @@ class RunConfig:
     share_teacher_pass: bool = False
     """Let runs of one launch that differ only in student, method and their options share batches and teacher."""
     method: str = "skd"
-    """skd, no_teacher or simultaneous."""
+    """skd, sskd, no_teacher, simultaneous, hint_two_phase, hinton, fitnet, at, fsp, sp or rkd; two as skd,hinton:
+    stages of one, head of the other; or FILE.py:CLASS for one of your own."""
+    method_options: str = ""
+    """Hyper-parameters of the method, "temperature=2 alpha=0.5"; of two methods "hinton.alpha=0.5"."""
     stage_weights: Literal["last", "best"] = "last"
     """Weights a stage hands on: its last, or those with the lowest validation loss (as published)."""
     frozen_batchnorm: Literal["eval", "train"] = "eval"
@@ -264,7 +267,7 @@ def check_config(config: RunConfig) -> None:
     config.selection_spec()
     if not (config.lr > 0 and math.isfinite(config.lr)):
         raise UserError("--lr cannot be used", got=config.lr, expected="a number above 0")
-    find_method(config.method)
+    find_method(config.method, config.method_options)
     parse_duration(config.stage_duration)
     parse_duration(config.head_duration)
     parse_interval(config.checkpoint_every, global_batch_size=config.global_batch_size, samples_per_epoch=1)

@@ -70,6 +70,10 @@ class PlanContext:
     """Channels of the feature of each student group; the head has none."""
     teacher_channels: Mapping[str, int] = field(default_factory=dict)
     """Likewise of the teacher."""
+    student_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Shape of that feature of one image: (C, H, W) of maps, (L, C) of tokens."""
+    teacher_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Likewise of the teacher."""
     stage_steps: int
     head_steps: int
     optimizer: OptimizerSpec

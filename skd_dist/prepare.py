@@ -197,6 +197,10 @@ def _channels(cut: ModelCut) -> dict[str, int]:
     return {group.name: group.feature.channels for group in cut.groups if group.feature is not None}
 
 
+def _shapes(cut: ModelCut) -> dict[str, tuple[int, ...]]:
+    return {group.name: group.feature.shape for group in cut.groups if group.feature is not None}
+
+
 def write_plan(config: RunConfig, models: Models, method: Method, *, samples_per_epoch: int) -> StagePlan:
     """Let the method write its plan, and check it whole."""
     batch = config.global_batch_size
@@ -206,6 +210,8 @@ def write_plan(config: RunConfig, models: Models, method: Method, *, samples_per
         matching=models.matching,
         student_channels=_channels(models.student),
         teacher_channels=_channels(models.teacher) if models.teacher else {},
+        student_shapes=_shapes(models.student),
+        teacher_shapes=_shapes(models.teacher) if models.teacher else {},
         stage_steps=parse_duration(config.stage_duration).to_steps(
             global_batch_size=batch, samples_per_epoch=samples_per_epoch
         ),
@@ -223,6 +229,14 @@ def write_plan(config: RunConfig, models: Models, method: Method, *, samples_per
     return plan
 
 
+def teacher_not_used(prepared: Prepared) -> str | None:
+    """What to say where a teacher is named and no stage asks it; its groups still match, and set the budget."""
+    config = prepared.config
+    if config.teacher is None or prepared.plan.needs_teacher:
+        return None
+    return f"method {prepared.method.name} needs no teacher: {config.teacher} is not loaded"
+
+
 def prepare_run(
     config: RunConfig, *, num_students: int, keep_index: bool = True, on_progress: OnProgress | None = None
 ) -> Prepared:
@@ -233,7 +247,7 @@ def prepare_run(
     """
     check_config(config)
     shape = batch_shape(config, num_students=num_students)
-    method = find_method(config.method)
+    method = find_method(config.method, config.method_options)
     models = prepare_models(config)
     splits = prepare_splits(config, keep_index=keep_index, on_progress=on_progress)
     plan = write_plan(config, models, method, samples_per_epoch=len(splits.train_ids) * config.views_per_decode)

@@ -18,7 +18,7 @@ from skd_dist.errors import UserError
 from skd_dist.job.consensus import JobEnded, agree, check_shared_directory
 from skd_dist.job.rendezvous import Job
 from skd_dist.link.ask_ahead import AskAhead
-from skd_dist.prepare import Prepared
+from skd_dist.prepare import Prepared, teacher_not_used
 from skd_dist.run_record import write_summary
 from skd_dist.run_setup import (
     device_of,
@@ -157,6 +157,8 @@ def _track(run: OpenRun, job: Job, guards: Guards, display: RunDisplay) -> OpenR
         guards.emergency.watch(tracker, run.config)
         run = dataclasses.replace(run, tracker=tracker)
     display.start_run(f"{run.config.name}: {run.config.method}", len(run.prepared.plan.stages))
+    if unused := teacher_not_used(run.prepared):
+        display.notice(unused)
     return run
 
 

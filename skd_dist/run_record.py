@@ -16,6 +16,7 @@ from skd_dist import __version__
 from skd_dist.checkpoint import file_sha256, write_json
 from skd_dist.config import RunConfig
 from skd_dist.errors import UserError
+from skd_dist.methods import method_identity
 from skd_dist.models.create import PRETRAINED
 from skd_dist.prepare import Prepared
 
@@ -35,7 +36,7 @@ def identity_of(prepared: Prepared, *, teacher_digest: str | None, arithmetic: M
     """
     config = prepared.config
     return {
-        "method": config.method,
+        **method_identity(prepared.method),
         "student": config.student,
         "teacher": config.teacher,
         "teacher_digest": teacher_digest,

@@ -6,6 +6,7 @@ do with each other is the runner's.
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import platform
@@ -25,6 +26,7 @@ from skd_dist.errors import UserError
 from skd_dist.job.blackboard import Blackboard
 from skd_dist.job.consensus import agree, broadcast_text, gather_text
 from skd_dist.job.rendezvous import Job
+from skd_dist.methods import method_identity
 from skd_dist.prepare import Prepared, prepare_run, unpack_embedded_data
 from skd_dist.quarantine import Entry, Quarantine
 from skd_dist.resume_point import newest_sound, verify
@@ -93,6 +95,8 @@ def prepare_together(job: Job, config: RunConfig, key: str) -> Prepared:
                 prepared = prepare_run(config, num_students=num_students, on_progress=on_progress)
     with agreed(job, f"{key}/prepare"):
         prepared = prepared or prepare_run(config, num_students=num_students)
+    identity = " ".join(f"{name} {value}" for name, value in method_identity(prepared.method).items())
+    _check_same(job, f"{key}/method", hashlib.sha256(identity.encode()).hexdigest(), what="method")
     _check_same(job, f"{key}/plan", prepared.plan.digest(), what="plan")
     _check_same(job, f"{key}/samples", prepared.splits.digest, what="choice of training samples")
     _check_same(job, f"{key}/rest", prepared.splits.rest_digest, what="view of the shards")

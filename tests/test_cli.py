@@ -59,7 +59,7 @@ def run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Run:
             r"teacher skd_narrow_resnet26 has no exits; got no file .*exits\.safetensors; train one with",
         ),
         (("--method", "mskd", "--teacher", "None"), "stage all needs a teacher; give --teacher$"),
-        (("--method", "kd"), "unknown --method; got kd; expected skd, no_teacher"),
+        (("--method", "kd"), "unknown --method; got kd; expected skd, sskd, no_teacher"),
     ],
 )
 def test_bad_input_is_one_line(run: Run, tmp_path: Path, flags: tuple[str, ...], message: str) -> None:

@@ -62,6 +62,7 @@ FLAGS = [
     "--teacher-timeout",
     "--prefetch",
     "--method",
+    "--method-options",
     "--stage-weights",
     "--frozen-batchnorm",
     "--network-interface",
@@ -117,7 +118,7 @@ def test_a_holdout_takes_the_place_of_a_recipes_validation_shards() -> None:
         ({"shuffle_window": -1}, "--shuffle-window cannot be used; got -1; expected 0 or more"),
         ({"max_bad_frac": 1.5}, "--max-bad-frac cannot be used; got 1.5; expected 0 to 1"),
         ({"prefetch": -1}, "--prefetch cannot be used; got -1; expected 0 or more"),
-        ({"method": "skdd"}, "unknown --method; got skdd; expected skd, no_teacher, simultaneous"),
+        ({"method": "skdd"}, "unknown --method; got skdd; expected skd, sskd, no_teacher, simultaneous"),
         ({"stage_duration": "3"}, "duration cannot be read; got '3'"),
     ],
 )

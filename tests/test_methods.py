@@ -1,120 +1,255 @@
-"""One contract suite over all registered methods: sound plans, losses per sample, nothing to the teacher."""
+"""One contract suite over all methods, through real small networks: a student's stage module and a frozen teacher.
+
+Whatever is registered falls under it, a composition too, and the user's own method that docs/own_method.md shows.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
+from real_methods import (
+    NAMES,
+    OWN,
+    build_module,
+    cases_of,
+    config,
+    context_of,
+    make_batch,
+    method_of,
+    stages_of,
+    teacher_of,
+)
+from torch import Tensor
 
-from skd_dist.contracts import Batch, PlanContext
+from skd_dist.contracts import Batch, LossTerms
 from skd_dist.errors import UserError
-from skd_dist.methods import METHODS, find_method
-from skd_dist.plan import LOGITS, OptimizerSpec, check_plan
+from skd_dist.methods.multi_exit import LAST
+from skd_dist.methods.no_teacher import whole_budget
+from skd_dist.stage_loop import masked_mean
 
-CONTEXT = PlanContext(
-    student_groups=("stem", "stage1", "stage2", "head"),
-    teacher_groups=("stage1", "stage2", "stage3", "head"),
-    matching=((("stem", "stage1"), "stage1"), (("stage2",), "stage3")),
-    stage_steps=10,
-    head_steps=5,
-    optimizer=OptimizerSpec(learning_rate=0.5),
-)
-PARAMETERS = {name: (f"{name}.weight",) for name in CONTEXT.student_groups}
-BATCH = Batch(
-    images=torch.zeros(3, 3, 4, 4, dtype=torch.uint8),
-    labels=torch.tensor([0, 1, 1]),
-    valid=torch.ones(3, dtype=torch.bool),
-    keys=("a", "b", "c"),
-)
+ALONE = {"no_teacher", "teacher_training", "multi_exit", "teacher_training_exits"}
+"""Methods that need no teacher."""
+COMPARING = {"sp", "rkd"}
+"""Methods that look at several samples at once."""
 
 
-def outputs(*, seed: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    found = {name: torch.randn(3, 2, 4, 4, generator=generator) for name in ("stage1", "stage3")}
-    found["exit/stage1"] = torch.randn(3, 2, generator=generator)
-    return {**found, LOGITS: torch.randn(3, 2, generator=generator)}
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("own")
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_the_default_plan_passes_the_check_and_takes_the_context_s_optimizer(name: str) -> None:
-    plan = METHODS[name].plan(CONTEXT)
-    check_plan(plan, student_groups=PARAMETERS, teacher_groups=CONTEXT.teacher_groups)
-    assert plan.method == name
-    assert {stage.optimizer for stage in plan.stages} == {CONTEXT.optimizer}
+@pytest.mark.parametrize("name", NAMES)
+def test_the_default_plan_passes_the_check_within_the_budget(name: str, folder: Path) -> None:
+    method, context = method_of(name, folder), context_of(config())
+    plan = method.plan(context)
+    assert plan.stages == stages_of(method, config())
+    assert plan.method == method.name and name in (method.name, OWN)
+    assert {stage.optimizer for stage in plan.stages} == {context.optimizer}
+    budget = context.head_steps if name.startswith("teacher_training") else whole_budget(context)
+    assert sum(stage.num_steps for stage in plan.stages) == budget
+    assert method.compares_samples == (name in COMPARING)
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_losses_are_finite_per_sample_and_leave_the_teacher_alone(name: str) -> None:
-    method = METHODS[name]
-    for stage in method.plan(CONTEXT).stages:
-        student = {key: value.requires_grad_() for key, value in outputs(seed=0).items()}
-        teacher = {key: value.requires_grad_() for key, value in outputs(seed=1).items()}
-        terms = method.loss(stage, student, teacher, BATCH, progress_frac=0.5)
-        assert terms
-        for term in terms.values():
-            assert term.per_sample.shape == (3,) and term.per_sample.dtype == torch.float32
-            assert torch.isfinite(term.per_sample).all() and (term.per_sample >= 0).all()
-        torch.stack([term.weight * term.per_sample.sum() for term in terms.values()]).sum().backward()
+@pytest.mark.parametrize("name", NAMES)
+def test_a_method_without_a_teacher_is_refused_where_it_needs_one(name: str, folder: Path) -> None:
+    method, without = method_of(name, folder), config(teacher=None)
+    if name in ALONE:
+        assert not any(stage.teacher_outputs for stage in stages_of(method, without))
+    else:
+        with pytest.raises(UserError, match=r"^stage \w+ needs a teacher; give --teacher$"):
+            stages_of(method, without)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_losses_are_finite_float32_per_sample(name: str, folder: Path) -> None:
+    batch = make_batch()
+    for case in cases_of(name, folder):
+        student, teacher = case.outputs(batch), case.answer(batch)
+        for progress_frac in (0.0, 0.5, 1.0):
+            check_terms(case.loss(student, teacher, batch, progress_frac=progress_frac), size=4)
+
+
+def check_terms(terms: LossTerms, *, size: int) -> None:
+    assert terms
+    for name, term in terms.items():
+        assert term.per_sample.shape == (size,) and term.per_sample.dtype == torch.float32, name
+        assert term.per_sample.isfinite().all() and (term.per_sample >= -1e-6).all(), name
+        assert term.weight >= 0, name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_trained_parameter_gets_a_gradient_and_the_teacher_none(name: str, folder: Path) -> None:
+    for case in cases_of(name, folder):
+        batch, module = make_batch(), case.module()
+        teacher = {key: value.requires_grad_() for key, value in case.answer(batch).items()}
+        masked_mean(case.loss(module(batch.images), teacher, batch), batch.valid).backward()
+        gradients = {key: value.grad for key, value in module.named_parameters() if value.requires_grad}
+        # One without a gradient would keep the other processes waiting in the collectives of the backward pass.
+        assert [key for key, gradient in gradients.items() if gradient is None] == []
+        assert all(gradient.isfinite().all() for gradient in gradients.values() if gradient is not None)
+        moved = [key for key, gradient in gradients.items() if gradient is not None and gradient.any()]
+        assert any(key.startswith("model.") for key in moved), case.stage.name
+        assert all(value.grad is None for value in module.parameters() if not value.requires_grad)
         assert all(value.grad is None for value in teacher.values())
-        assert any(value.grad is not None for value in student.values())
+    assert not teacher_of().has_moved()
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_masked_equals_sliced(name: str) -> None:
-    method = METHODS[name]
-    for stage in method.plan(CONTEXT).stages:
-        student, teacher = outputs(seed=0), outputs(seed=1)
-        first = Batch(BATCH.images[:1], BATCH.labels[:1], BATCH.valid[:1], BATCH.keys[:1])
-        whole = method.loss(stage, student, teacher, BATCH, progress_frac=0.5)
-        sliced = method.loss(
-            stage,
-            {key: value[:1] for key, value in student.items()},
-            {key: value[:1] for key, value in teacher.items()},
-            first,
-            progress_frac=0.5,
-        )
-        assert whole.keys() == sliced.keys()
-        for key in whole:
-            assert torch.allclose(whole[key].per_sample[:1], sliced[key].per_sample)
+@pytest.mark.parametrize("name", NAMES)
+def test_masked_equals_sliced_and_invalid_slots_influence_nothing(name: str, folder: Path) -> None:
+    for case in cases_of(name, folder):
+        batch = make_batch(5, num_invalid=2)
+        student, teacher = case.outputs(batch), case.answer(batch)
+        masked = case.loss(spoilt(student, batch.valid), spoilt(teacher, batch.valid), batch)
+        kept = sliced_batch(batch, batch.valid)
+        alone = case.loss(sliced(student, batch.valid), sliced(teacher, batch.valid), kept)
+        assert masked.keys() == alone.keys()
+        for key, term in masked.items():
+            torch.testing.assert_close(term.per_sample[batch.valid], alone[key].per_sample)
 
 
-def test_skd_trains_one_group_after_the_other_and_the_head_without_a_teacher() -> None:
-    stages = METHODS["skd"].plan(CONTEXT).stages
-    assert [stage.trains for stage in stages] == [("stem", "stage1"), ("stage2",), ("head",)]
-    assert [stage.teacher_outputs for stage in stages] == [("stage1",), ("stage3",), ()]
-    assert [stage.num_steps for stage in stages] == [10, 10, 5]
+def spoilt(outputs: Mapping[str, Tensor], valid: Tensor) -> dict[str, Tensor]:
+    """The same with something else in the slots that do not count."""
+    found = {key: value.clone() for key, value in outputs.items()}
+    for value in found.values():
+        value[~valid] = 100 - value[~valid]
+    return found
 
 
-def test_skd_does_not_look_at_labels_before_the_head() -> None:
-    method = METHODS["skd"]
-    permuted = Batch(BATCH.images, BATCH.labels.flip(0), BATCH.valid, BATCH.keys)
-    *features, head = method.plan(CONTEXT).stages
-    assert len(features) == 2
-    for stage in features:
-        one, two = (
-            method.loss(stage, outputs(seed=0), outputs(seed=1), batch, progress_frac=0.5)
-            for batch in (BATCH, permuted)
-        )
+def sliced(outputs: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    return {key: value[rows] for key, value in outputs.items()}
+
+
+def sliced_batch(batch: Batch, rows: Tensor) -> Batch:
+    keys = tuple(key for key, is_in in zip(batch.keys, rows.tolist(), strict=True) if is_in)
+    return Batch(batch.images[rows], batch.labels[rows], batch.valid[rows], keys)
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - COMPARING))
+def test_who_does_not_compare_samples_gives_each_its_own_value(name: str, folder: Path) -> None:
+    for case in cases_of(name, folder):
+        batch = make_batch(3)
+        student, teacher = case.outputs(batch), case.answer(batch)
+        whole, last = case.loss(student, teacher, batch), torch.tensor([False, False, True])
+        alone = case.loss(sliced(student, last), sliced(teacher, last), sliced_batch(batch, last))
+        for key, term in whole.items():
+            torch.testing.assert_close(term.per_sample[2:], alone[key].per_sample)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("size", "num_invalid"), [(1, 0), (1, 1), (4, 3), (4, 4)])
+def test_small_and_incomplete_batches_give_no_nan(name: str, folder: Path, size: int, num_invalid: int) -> None:
+    for case in cases_of(name, folder):
+        batch, module = make_batch(size, num_invalid=num_invalid), case.module().eval()
+        terms = case.loss(module(batch.images), case.answer(batch), batch)
+        check_terms(terms, size=size)
+        total = masked_mean(terms, batch.valid)
+        total.backward()
+        gradients = [value.grad for value in module.parameters() if value.requires_grad]
+        assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+        assert total.isfinite() and (num_invalid < size or total == 0)
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - ALONE))
+def test_large_float16_outputs_of_the_teacher_do_not_overflow(name: str, folder: Path) -> None:
+    seen = 0
+    for case in cases_of(name, folder):
+        batch = make_batch()
+        teacher = {key: (value / value.abs().max() * 3e4).half() for key, value in case.answer(batch).items()}
+        assert all(value.isfinite().all() and not value.square().isfinite().all() for value in teacher.values())
+        student = {key: value.requires_grad_() for key, value in case.outputs(batch).items()}
+        terms = case.loss(student, teacher, batch)
+        check_terms(terms, size=4)
+        masked_mean(terms, batch.valid).backward()
+        assert all(value.grad is None or value.grad.isfinite().all() for value in student.values())
+        seen += len(teacher)
+    assert seen >= 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_again_gives_the_same_bits(name: str, folder: Path) -> None:
+    for case in cases_of(name, folder):
+        batch = make_batch()
+        one, two = (case.loss(build_module(case, None)(batch.images), case.answer(batch), batch) for _ in range(2))
+        assert {key: term.weight for key, term in one.items()} == {key: term.weight for key, term in two.items()}
         assert all(torch.equal(one[key].per_sample, two[key].per_sample) for key in one)
-    one, two = (method.loss(head, outputs(seed=0), {}, batch, progress_frac=0.5) for batch in (BATCH, permuted))
-    assert not torch.equal(one["cross_entropy"].per_sample, two["cross_entropy"].per_sample)
 
 
-@pytest.mark.parametrize("name", ["no_teacher", "simultaneous"])
-def test_comparators_take_the_steps_of_all_stages(name: str) -> None:
-    (stage,) = METHODS[name].plan(CONTEXT).stages
-    skd = METHODS["skd"].plan(CONTEXT).stages
-    assert stage.num_steps == sum(other.num_steps for other in skd)
-    assert stage.trains == CONTEXT.student_groups
+AT_ITS_TEACHER: dict[str, dict[str, str]] = {
+    "skd": {"feature_mse": "zero", "cross_entropy": "labels"},
+    "sskd": {"feature_mse": "zero", "cross_entropy": "labels"},
+    "no_teacher": {"cross_entropy": "labels"},
+    "teacher_training": {"cross_entropy": "labels"},
+    "simultaneous": {"feature_mse": "zero", "cross_entropy": "labels"},
+    "hint_two_phase": {"feature_mse": "zero", "cross_entropy": "labels"},
+    "hinton": {"distillation_kl": "zero", "cross_entropy": "labels"},
+    "fitnet": {"feature_mse": "regressor", "cross_entropy": "labels"},
+    "at": {"attention": "zero", "cross_entropy": "labels"},
+    "fsp": {"fsp": "zero", "cross_entropy": "labels"},
+    "sp": {"similarity": "zero", "cross_entropy": "labels"},
+    "rkd": {"rkd_distance": "zero", "rkd_angle": "zero", "cross_entropy": "labels"},
+    "mskd": {"distillation_kl": "last", "cross_entropy": "labels"},
+    "mskd_oto": {"distillation_kl": "last", "cross_entropy": "labels"},
+    "multi_exit": {"cross_entropy": "labels"},
+    "teacher_training_exits": {"cross_entropy": "labels"},
+    "skd,hinton": {"feature_mse": "zero", "distillation_kl": "zero", "cross_entropy": "labels"},
+    OWN: {"pooled_mse": "zero", "cross_entropy": "labels"},
+}
+"""What each term is where the student is its teacher. zero: exactly that, up to rounding, at every sample. regressor:
+zero once the fresh regressor in between is taken out. last: at the network's own head, not at fresh exits. labels: the
+teacher does not come in."""
 
 
-def test_simultaneous_is_the_mean_of_its_terms() -> None:
-    method = METHODS["simultaneous"]
-    (stage,) = method.plan(CONTEXT).stages
-    terms = method.loss(stage, outputs(seed=0), outputs(seed=1), BATCH, progress_frac=0.5)
-    assert set(terms) == {"feature_mse/stage1", "feature_mse/stage3", "cross_entropy"}
-    assert [term.weight for term in terms.values()] == [pytest.approx(1 / 3)] * 3
+@pytest.mark.parametrize("name", NAMES)
+def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_it(name: str, folder: Path) -> None:
+    """The exact copy limit: no update is needed, stage by stage."""
+    run = config(student="skd_narrow_resnet26")
+    weights = create_like_teacher()
+    seen = set()
+    for case in cases_of(name, folder, run):
+        batch, module = make_batch(), case.module(start_from=weights).eval()
+        if "regressor" in AT_ITS_TEACHER[name].values():
+            module.adapters = torch.nn.ModuleDict({key: torch.nn.Identity() for key in module.adapters})
+        with torch.no_grad():
+            terms = case.loss(module(batch.images), case.answer(batch), batch)
+        for key, term in terms.items():
+            kind = key.partition("/")[0]
+            seen.add(kind)
+            expected = AT_ITS_TEACHER[name][kind]
+            if expected == "labels" or (expected == "last" and not key.endswith(f"/{LAST}")):
+                assert (term.per_sample > 0.01).all()
+            else:
+                assert term.per_sample.abs().max() <= 1e-10
+    assert seen == set(AT_ITS_TEACHER[name])
 
 
-def test_an_unknown_method_lists_the_known() -> None:
-    with pytest.raises(
-        UserError, match="unknown --method; got kd; expected skd, no_teacher, simultaneous, teacher_trai"
-    ):
-        find_method("kd")
+def create_like_teacher() -> dict[str, Tensor]:
+    return teacher_of()._model.state_dict()
+
+
+FAMILIES = [("test_resnet", "test_convnext"), ("test_convnext", "test_vit"), ("test_vit", "test_resnet")]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("student", "teacher"), FAMILIES)
+def test_across_families_a_method_works_or_says_in_its_plan_why_not(
+    name: str, folder: Path, student: str, teacher: str
+) -> None:
+    try:
+        cases = cases_of(name, folder, config(student, teacher))
+    except UserError as error:
+        assert name in ("fsp", "at")
+        assert any(reason in error.line for reason in ("fsp needs equal channels: ", "at cannot compare student group"))
+        return
+    for case in cases:
+        batch = make_batch(3)
+        module = case.module()
+        terms = case.loss(module(batch.images), case.answer(batch), batch)
+        check_terms(terms, size=3)
+        masked_mean(terms, batch.valid).backward()
+        assert all(value.grad is not None for value in module.parameters() if value.requires_grad)
+
+
+def test_the_suite_saw_all_methods(folder: Path) -> None:
+    assert len(NAMES) >= 14 and {"skd", "sskd", "hinton", "fitnet", "at", "fsp", "sp", "rkd", OWN} <= set(NAMES)
+    assert sum(len(cases_of(name, folder)) for name in NAMES) >= 28

@@ -11,7 +11,7 @@ from skd_dist.data.bad_samples import BadSample
 from skd_dist.data.images import ImageTransform
 from skd_dist.data.loader import ShardDataset, train_batches
 from skd_dist.errors import UserError
-from skd_dist.prepare import prepare_splits, unpack_embedded_data
+from skd_dist.prepare import prepare_run, prepare_splits, teacher_not_used, unpack_embedded_data
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +94,12 @@ def test_all_that_ranks_must_agree_on_is_in_a_digest(config: RunConfig) -> None:
     found = {other.rest_digest for other in others}
     assert len(found) == 4 and splits.rest_digest not in found
     assert prepare_splits(config, keep_index=False).rest_digest == splits.rest_digest
+
+
+def test_a_teacher_that_no_stage_asks_is_said_once_and_not_loaded(config: RunConfig) -> None:
+    named = dataclasses.replace(config, teacher="skd_narrow_resnet26")
+    alone = prepare_run(dataclasses.replace(named, method="no_teacher"), num_students=1)
+    assert teacher_not_used(alone) == "method no_teacher needs no teacher: skd_narrow_resnet26 is not loaded"
+    assert teacher_not_used(prepare_run(dataclasses.replace(named, method="hinton"), num_students=1)) is None
+    without = dataclasses.replace(config, teacher=None, method="no_teacher")
+    assert teacher_not_used(prepare_run(without, num_students=1)) is None

@@ -32,7 +32,7 @@ CHANGES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "head_duration": ("3steps", ("plan_digest",)),
     "lr": (0.5, ("plan_digest",)),
     "seed": (1, ("seed",)),
-    "method": ("simultaneous", ("method", "plan_digest")),
+    "method": ("hinton", ("method", "method_options", "plan_digest")),
     "stage_weights": ("best", ("stage_weights",)),
     "frozen_batchnorm": ("train", ("frozen_batchnorm",)),
     "optimizer": ("sgd", ("plan_digest",)),
@@ -51,6 +51,7 @@ KNOWN_OTHERWISE = {
     "allow_untrained_teacher": "refuses, or does nothing",
     "test_shards": "measured once, after the last stage",
     "engine": "by the resume point, inside a stage",
+    "method_options": "by every hyper-parameter of the method, see the test of its own",
     "val_holdout": "by both data digests, see the test of its own",
 }
 
@@ -151,6 +152,28 @@ def test_a_holdout_is_known_by_what_it_holds(tmp_path: Path) -> None:
     assert open_as(dataclasses.replace(begun, resume=True)) == key
     with pytest.raises(UserError, match=r"got data_digest \S+ -> \S+, val_digest \S+ -> \S+, plan_digest \S+ -> "):
         open_as(dataclasses.replace(begun, resume=True, val_holdout=0.2))
+
+
+def test_hyper_parameters_are_known_by_their_values(tmp_path: Path) -> None:
+    begun = dataclasses.replace(config(tmp_path), method="hinton", method_options="alpha=0.5")
+    key = open_as(begun)
+    again = dataclasses.replace(begun, resume=True)
+    assert open_as(dataclasses.replace(again, method_options="temperature=4 alpha=.5")) == key
+    message = "got method_options alpha=0.5,temperature=4.0 -> alpha=0.9,temperature=4.0; give the flags of that run"
+    with pytest.raises(UserError, match=message):
+        open_as(dataclasses.replace(again, method_options=""))
+
+
+def test_a_method_of_the_user_is_known_by_the_content_of_its_file(tmp_path: Path) -> None:
+    text = "from skd_dist.methods.no_teacher import NoTeacher\nclass Mine(NoTeacher): __slots__ = ()\n"
+    for name, content in (("a.py", text), ("b.py", text), ("c.py", text + "# edited\n")):
+        (tmp_path / name).write_text(content)
+    begun = dataclasses.replace(config(tmp_path), method=f"{tmp_path}/a.py:Mine")
+    key = open_as(begun)
+    again = dataclasses.replace(begun, resume=True)
+    assert open_as(dataclasses.replace(again, method=f"{tmp_path}/b.py:Mine")) == key
+    with pytest.raises(UserError, match=r"got method_file_sha256 [0-9a-f]{64} -> [0-9a-f]{64}; give the flags of that"):
+        open_as(dataclasses.replace(again, method=f"{tmp_path}/c.py:Mine"))
 
 
 def test_a_run_says_which_samples_it_trains_on(tmp_path: Path) -> None:

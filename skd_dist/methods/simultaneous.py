@@ -1,7 +1,8 @@
 """Simultaneous: all stages at once, the mean of cross-entropy and every stage's feature MSE.
 
 Reference: the "proposed baseline" of Kulkarni et al., arXiv 1911.06786, whose sum over six terms is divided by six;
-with another number of taps the divisor follows. Here it has the step budget of all SKD stages together.
+with another number of taps the divisor follows. Here it has the step budget of all SKD stages together. With
+`feature_weight` it is the joint loss whose weight SSKD claims to spare: cross-entropy + weight * the sum of the MSEs.
 """
 
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from skd_dist.contracts import Batch, LossTerm, LossTerms, Outputs, PlanContext
 from skd_dist.losses import cross_entropy, feature_mse
 from skd_dist.methods.base import BaseMethod
+from skd_dist.methods.fields import check_weight
 from skd_dist.methods.no_teacher import whole_budget
 from skd_dist.plan import LOGITS, StagePlan, StageSpec, Tap
 
@@ -18,6 +20,12 @@ class Simultaneous(BaseMethod):
     """One stage, everything trains, all taps and the labels together."""
 
     name: str = "simultaneous"
+    feature_weight: float | None = None
+    """Of each stage's MSE beside a cross-entropy of weight 1, >= 0; None: the published mean of all terms."""
+
+    def __post_init__(self) -> None:
+        if self.feature_weight is not None:
+            check_weight(self, "feature_weight")
 
     def plan(self, context: PlanContext) -> StagePlan:
         """A single stage over the whole budget, with a tap at every matched group."""
@@ -35,10 +43,11 @@ class Simultaneous(BaseMethod):
     def loss(
         self, stage: StageSpec, student: Outputs, teacher: Outputs, batch: Batch, *, progress_frac: float
     ) -> LossTerms:
-        """Every term with weight 1 / (number of taps + 1)."""
-        weight = 1.0 / (len(stage.taps) + 1)
+        """The mean of all terms, or the sum with `feature_weight`."""
+        mean = 1.0 / (len(stage.taps) + 1)
+        label_weight, weight = (mean, mean) if self.feature_weight is None else (1.0, self.feature_weight)
         terms = {
             f"feature_mse/{tap.teacher}": LossTerm(feature_mse(student[tap.teacher], teacher[tap.teacher]), weight)
             for tap in stage.taps
         }
-        return {**terms, "cross_entropy": LossTerm(cross_entropy(student[LOGITS], batch.labels), weight)}
+        return {**terms, "cross_entropy": LossTerm(cross_entropy(student[LOGITS], batch.labels), label_weight)}

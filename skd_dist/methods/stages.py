@@ -1,0 +1,76 @@
+"""What the plans of several methods share: the whole student at once, the stages past the stem, a budget in two parts.
+
+The *budget* is the number of steps that SKD takes in all its stages (`no_teacher.whole_budget`); every method takes it.
+"""
+
+from skd_dist.contracts import PlanContext
+from skd_dist.errors import UserError
+from skd_dist.methods.no_teacher import whole_budget
+from skd_dist.plan import StageSpec, Tap
+
+Matched = tuple[tuple[str, ...], str]
+"""(student groups, the last of them compared; teacher group)."""
+
+
+def whole_stage(
+    context: PlanContext,
+    *,
+    taps: tuple[Tap, ...] = (),
+    teacher_logits: bool = False,
+    index: int = 0,
+    num_steps: int | None = None,
+) -> StageSpec:
+    """A stage named `all` that trains the whole student down to its logits.
+
+    Args:
+        context: whose budget and optimizer it takes.
+        taps: what is compared.
+        teacher_logits: whether the teacher's logits are compared too.
+        index: place in the plan.
+        num_steps: default the whole budget.
+    """
+    return StageSpec(
+        index=index,
+        name="all",
+        trains=context.student_groups,
+        taps=taps,
+        student_logits=True,
+        teacher_logits=teacher_logits,
+        num_steps=whole_budget(context) if num_steps is None else num_steps,
+        optimizer=context.optimizer,
+    )
+
+
+def past_stem(context: PlanContext) -> tuple[Matched, ...]:
+    """The matched groups without a stem that is matched by itself: the stages of the papers.
+
+    Raises:
+        UserError: there is none.
+    """
+    stages = tuple(matched for matched in context.matching if matched[0][-1] != "stem")
+    if not stages:
+        raise UserError("the networks have no stage past the stem in common", do="choose another --student or --match")
+    return stages
+
+
+def up_to_middle(context: PlanContext) -> tuple[Matched, ...]:
+    """The matched groups up to the middle stage, stem included: the second of four or of three stages."""
+    stages = past_stem(context)
+    middle = stages[(len(stages) - 1) // 2]
+    return context.matching[: context.matching.index(middle) + 1]
+
+
+def student_groups_of(matching: tuple[Matched, ...]) -> tuple[str, ...]:
+    """All student groups of some matched groups, in network order."""
+    return tuple(name for groups, _ in matching for name in groups)
+
+
+def split_budget(context: PlanContext, first_frac: float) -> tuple[int, int]:
+    """The whole budget in two parts, both of at least one step where there are two.
+
+    Args:
+        first_frac: share of the first part, 0 < f < 1.
+    """
+    total = whole_budget(context)
+    first = max(1, min(total - 1, round(total * first_frac)))
+    return first, total - first
