@@ -38,6 +38,23 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return functional.cross_entropy(logits.float(), labels, reduction="none")
 
 
+def soft_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) -> Tensor:
+    """Cross-entropy with the teacher's softened probabilities as labels, per sample; no squared temperature.
+
+    Args:
+        student_logits: [N, K], any floating dtype; carries the gradient.
+        teacher_logits: [N, K], any floating dtype; taken as a constant.
+        temperature: > 0; divides the logits.
+
+    Returns:
+        float32 [N], at least the entropy of the teacher's softened probabilities.
+
+    Reference: Heo et al. (BSS), arXiv 1805.05532. No squared temperature, as in its authors' code.
+    """
+    soft = (teacher_logits.detach().float() / temperature).softmax(1)
+    return -(soft * (student_logits.float() / temperature).log_softmax(1)).sum(1)
+
+
 def feature_moments(features: Tensor) -> tuple[Tensor, Tensor]:
     """Per-sample mean and mean square, from which the variance over a whole data set follows by summing.
 

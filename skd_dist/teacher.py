@@ -4,6 +4,7 @@ It keeps no epoch, order or stage, so where it runs cannot change a result: insi
 on many. It is never a child of anything that trains.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -11,9 +12,11 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from skd_dist.attack import BOUNDARY_IMAGES, BOUNDARY_SLOTS, BOUNDARY_USED, find_boundary
+from skd_dist.contracts import Attack
 from skd_dist.errors import UserError
 from skd_dist.models.create import create_model, load_weights, weights_digest
-from skd_dist.models.cut import ModelCut, run_cut
+from skd_dist.models.cut import ModelCut, normalise, run_cut, to_pixels
 from skd_dist.models.memory_format import arrange_images, set_memory_formats
 from skd_dist.plan import LOGITS
 
@@ -50,6 +53,8 @@ class Teacher(Protocol):
 
     def answer(self, images: Tensor, outputs: Sequence[str]) -> dict[str, Tensor]: ...
 
+    def attack(self, images: Tensor, attack: Attack) -> dict[str, Tensor]: ...
+
     def has_moved(self) -> bool:
         """Whether the weights are not what they were: a defect of ours."""
         ...
@@ -63,16 +68,23 @@ class FrozenTeacher:
         cut: its groups.
         device: where it runs.
         dtype: of its weights and answers.
+        can_attack: whether `attack` will be asked for: it computes in float32, for which a copy is kept where `dtype`
+            is another.
     """
 
-    def __init__(self, model: nn.Module, *, cut: ModelCut, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: nn.Module, *, cut: ModelCut, device: torch.device, dtype: torch.dtype, can_attack: bool = False
+    ) -> None:
         self.weights_digest = weights_digest(model.state_dict())
         self.dtype_name = str(dtype).removeprefix("torch.")
-        self._model = model.eval().requires_grad_(False).to(device=device, dtype=dtype)
-        set_memory_formats(self._model, cut, weights_too=True)
-        self._digest_at_work = weights_digest(self._model.state_dict())
         self.cut = cut
         self.device = device
+        self._can_attack = can_attack
+        model.eval().requires_grad_(False)
+        exact = copy.deepcopy(model) if can_attack and dtype != torch.float32 else model
+        self._model = self._at_work(model, dtype)
+        self._attacked = self._model if exact is model else self._at_work(exact, torch.float32)
+        self._digests_at_work = self._digests()
 
     def answer(self, images: Tensor, outputs: Sequence[str]) -> dict[str, Tensor]:
         """Run the teacher up to the deepest output asked for and no further.
@@ -90,8 +102,37 @@ class FrozenTeacher:
             found = run_cut(self.cut, self._model, images, taps=taps, logits=LOGITS in outputs)
             return {name: found[name] for name in outputs}
 
+    def attack(self, images: Tensor, attack: Attack) -> dict[str, Tensor]:
+        """Samples near the decision boundary, made of these images; in float32, and nothing of the teacher moves.
+
+        Args:
+            images: uint8 [N, 3, H, W] on any device.
+            attack: of these images, on any device.
+
+        Returns:
+            As `attack.find_boundary`, with images in 0..255 (and a little beyond), which any network can normalise for
+            itself. Slots that are not used hold their image as it came.
+        """
+        assert self._can_attack, "a teacher that is attacked is loaded for it"
+        images = arrange_images(self.cut, images.to(self.device))
+        there = Attack.from_tensors(
+            {name: tensor.to(self.device) for name, tensor in attack.tensors().items()}, seed=attack.seed
+        )
+        found = find_boundary(self._attacked, normalise(self.cut, images), there)
+        used = found[BOUNDARY_USED].bool()[:, None, None, None]
+        moved = to_pixels(self.cut, found[BOUNDARY_IMAGES])
+        return {**found, BOUNDARY_IMAGES: torch.where(used, moved, images[found[BOUNDARY_SLOTS]].float())}
+
     def has_moved(self) -> bool:
-        return weights_digest(self._model.state_dict()) != self._digest_at_work
+        return self._digests() != self._digests_at_work
+
+    def _at_work(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
+        model = model.to(device=self.device, dtype=dtype)
+        set_memory_formats(model, self.cut, weights_too=True)
+        return model
+
+    def _digests(self) -> list[str]:
+        return [weights_digest(model.state_dict()) for model in dict.fromkeys((self._model, self._attacked))]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,6 +149,8 @@ class Load:
     device: str
     num_threads: int
     """Of a process that holds nothing else: another number would round differently."""
+    can_attack: bool = False
+    """Whether the plan attacks it."""
 
 
 def build_teacher(order: Load) -> FrozenTeacher:
@@ -126,4 +169,5 @@ def build_teacher(order: Load) -> FrozenTeacher:
             do="give --teacher-checkpoint FILE or --teacher-checkpoint pretrained (or --allow-untrained-teacher)",
         )
     device = torch.device(order.device)
-    return FrozenTeacher(model, cut=cut, device=device, dtype=resolve_dtype(order.dtype, device))
+    dtype = resolve_dtype(order.dtype, device)
+    return FrozenTeacher(model, cut=cut, device=device, dtype=dtype, can_attack=order.can_attack)

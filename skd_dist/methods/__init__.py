@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from skd_dist.contracts import Method
 from skd_dist.errors import UserError
+from skd_dist.methods.bss import Bss
 from skd_dist.methods.no_teacher import NoTeacher
 from skd_dist.methods.simultaneous import Simultaneous
 from skd_dist.methods.skd import Skd
@@ -15,6 +16,7 @@ _ALL: tuple[Method, ...] = (
     Skd(),
     NoTeacher(),
     Simultaneous(),
+    Bss(),
     NoTeacher(name="teacher_training", equal_budget=False),
 )
 
