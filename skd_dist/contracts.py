@@ -53,6 +53,30 @@ class LossTerm:
     weight: float = 1.0
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Attack:
+    """What a search for samples near the teacher's decision boundary starts from, beside the images (`attack`)."""
+
+    labels: Tensor
+    """int64 [N], 0..K-1."""
+    probabilities: Tensor
+    """Of the student for the images, float32 [N, K]."""
+    valid: Tensor
+    """bool [N]; the others are left alone."""
+    seed: int
+    """0 .. 2**64 - 1: of what is drawn."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What travels beside the images, by name."""
+        return {"labels": self.labels, "probabilities": self.probabilities, "valid": self.valid.byte()}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], *, seed: int) -> "Attack":
+        """What `tensors` was called on; other names are left alone."""
+        labels, probabilities, valid = (tensors[name] for name in ("labels", "probabilities", "valid"))
+        return cls(labels=labels, probabilities=probabilities, valid=valid.bool(), seed=seed)
+
+
 LossTerms = Mapping[str, LossTerm]
 """Term name (`feature_mse/stage1`, `cross_entropy`) -> term. The loop weights, masks and reduces; a method never."""
 
@@ -139,8 +163,11 @@ class TeacherLink(Protocol):
     can_be_lost: bool
     """Whether `take` may come to raise NoTeacherError."""
 
-    def submit(self, request_id: int, images: Tensor, outputs: Sequence[str]) -> None:
-        """Ask for outputs of one micro-batch. images: uint8 [N, 3, H, W], never merged with others or split."""
+    def submit(self, request_id: int, images: Tensor, outputs: Sequence[str], *, attack: Attack | None = None) -> None:
+        """Ask for outputs of one micro-batch. images: uint8 [N, 3, H, W], never merged with others or split.
+
+        With an attack the outputs are those of `attack.find_boundary`, and it depends on the student: not run ahead.
+        """
         ...
 
     def take(self, request_id: int) -> Outputs:
@@ -160,8 +187,16 @@ class Engine(Protocol):
     module: nn.Module
     """The StageModule; under ZeRO 3 its parameters are partitioned between calls."""
 
-    def forward(self, images: Tensor) -> Outputs:
-        """Run the stage module on uint8 images [N, 3, H, W] of this rank's micro-batch."""
+    def forward(self, images: Tensor, boundary_images: Tensor | None = None) -> Outputs:
+        """Run the stage module on uint8 images [N, 3, H, W] of this rank's micro-batch.
+
+        boundary_images: float32 [M, 3, H, W], 0..255, of a step that attacks; in the same pass of the engine, because
+        DDP and ZeRO want one forward for each backward.
+        """
+        ...
+
+    def predict(self, images: Tensor) -> Outputs:
+        """What `forward` gives in eval mode, without gradients; nothing moves. Collective under ZeRO 3."""
         ...
 
     def backward(self, loss: Tensor) -> None:

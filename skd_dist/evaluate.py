@@ -14,7 +14,8 @@ from skd_dist.link.ask_ahead import AskAhead
 from skd_dist.losses import cross_entropy
 from skd_dist.meters import Meter
 from skd_dist.plan import LOGITS, StageSpec
-from skd_dist.stage_loop import add_variances, to_device, with_nmse
+from skd_dist.stage_loop import to_device
+from skd_dist.stage_values import add_variances, with_nmse
 
 AfterBatch = Callable[[], None]
 """Called after every batch, by all students together: they have equally many. It may raise, to leave."""
@@ -107,7 +108,7 @@ def evaluate_stage(
                 meter.add_samples(name, term.per_sample, batch.valid)
             objective = torch.stack([term.weight * term.per_sample for term in terms.values()]).sum(0)
             meter.add_samples("loss", objective, batch.valid)
-            add_variances(meter, targets, batch.valid)
+            add_variances(meter, stage, targets, batch.valid)
             if LOGITS in outputs:
                 _add_classification(meter, outputs[LOGITS], batch)
             _add_predictions(meter, method.predictions(stage, outputs), batch, prefix="top1_frac/")

@@ -69,6 +69,8 @@ class StageSpec:
     """Whether the teacher is asked for its logits."""
     teacher_extra: tuple[str, ...] = ()
     """Further outputs that the teacher is asked for by name; naming one twice asks for it once."""
+    attack_steps: int = 0
+    """How many of the first steps also compare logits at samples near the teacher's decision boundary (`attack`)."""
     num_steps: int
     """Optimizer steps, > 0."""
     optimizer: OptimizerSpec
@@ -102,6 +104,10 @@ class StagePlan:
     @property
     def needs_teacher(self) -> bool:
         return any(stage.teacher_outputs for stage in self.stages)
+
+    @property
+    def attacks_teacher(self) -> bool:
+        return any(stage.attack_steps for stage in self.stages)
 
     def digest(self) -> str:
         """sha256 over the plan's content: equal plans have equal digests in any process."""
@@ -143,6 +149,12 @@ def _check_names(
         )
     if stage.teacher_outputs and teacher_groups is None:
         raise UserError(f"stage {stage.name} needs a teacher", do="give --teacher")
+    if stage.attack_steps and not (stage.student_logits and stage.teacher_logits):
+        raise UserError(
+            f"stage {stage.name} attacks the teacher",
+            got="no logits of both networks",
+            expected="student_logits and teacher_logits",
+        )
     for tap in stage.taps:
         if tap.teacher not in (teacher_groups or ()):
             raise UserError(

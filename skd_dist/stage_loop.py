@@ -1,7 +1,7 @@
 """The one training loop of the project: a stage, read from top to bottom.
 
-    loader -> ask the teacher, running ahead -> student forward -> method's terms per sample -> masked mean in float32
-    -> backward -> a teacher for all, and finite? -> update -> meters -> report
+    loader -> ask the teacher, running ahead -> (attack it) -> student forward -> method's terms per sample -> masked
+    mean in float32 -> backward -> a teacher for all, and finite? -> update -> meters -> report
 
 It knows no method, no engine and no launcher by name. Stages, files and tracking are the runner's.
 """
@@ -11,18 +11,19 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NoReturn, Protocol
 
-import psutil
 import torch
 from torch import Tensor
 
-from skd_dist.contracts import Batch, Engine, LossTerms, Method, Outputs
+from skd_dist.boundary import boundary_inputs
+from skd_dist.contracts import Batch, Engine, LossTerms, Method
+from skd_dist.data.seeds import derive_seed
 from skd_dist.errors import UserError
 from skd_dist.link.ask_ahead import AskAhead
-from skd_dist.losses import feature_moments
 from skd_dist.meters import Meter, sum_over_students
 from skd_dist.optim import learning_rate_at
 from skd_dist.plan import StageSpec
 from skd_dist.progress import StageProgress
+from skd_dist.stage_values import add_variances, masked_mean, no_loss, rates_over_students, with_nmse
 
 _MAX_NAMED_SAMPLES = 5
 
@@ -94,6 +95,7 @@ def run_stage(
     progress: StageProgress,
     until: int,
     report_at: int | None = None,
+    seed: int,
     global_batch_size: int,
     grad_accum_steps: int,
     device: torch.device,
@@ -111,6 +113,7 @@ def run_stage(
         progress: where the stage stands; carried on.
         until: the step to stop before, at least `progress.step`.
         report_at: steps after which a report comes whatever `report_every` says; None: `until`.
+        seed: of the run, for what a step draws: a function of the step, so that a resumed run draws it again.
         report_every: steps between reports, > 0.
         interruptions: saving and stopping.
 
@@ -128,10 +131,14 @@ def run_stage(
         micro_losses, seen, meter = [], [], Meter()
         if ask.can_lose_teacher:
             interruptions.begin_step()
-        for _ in range(grad_accum_steps):
+        for micro_step in range(grad_accum_steps):
             batch, targets = next(stream)
             batch = to_device(batch, device)
-            outputs = engine.forward(batch.images)
+            images: tuple[Tensor, ...] = (batch.images,)
+            if step < stage.attack_steps:
+                attack_seed = derive_seed("attack", seed, stage.index, step, micro_step)
+                images, targets = boundary_inputs(engine, ask, batch, targets, seed=attack_seed)
+            outputs = engine.forward(*images)
             if targets is None:
                 engine.backward(no_loss(outputs))  # the other students wait in the collectives of this backward pass
                 continue
@@ -143,7 +150,7 @@ def run_stage(
             for name, term in terms.items():
                 meter.add_samples(name, term.per_sample, batch.valid)
             if reporting:
-                add_variances(meter, targets, batch.valid)
+                add_variances(meter, stage, targets, batch.valid)
 
         # Before the update, so that no student moves on what another found to be broken. Wishes ride along for free.
         own = [float(sum(micro_losses)), len(micro_losses), grad_accum_steps, *map(float, interruptions.wishes())]
@@ -177,11 +184,6 @@ def run_stage(
         interruptions.act(progress, save=save > 0, stop=stop > 0)
 
 
-def no_loss(outputs: Outputs) -> Tensor:
-    """Zero, through everything that a loss of these outputs could move."""
-    return torch.stack([0 * output.float().sum() for output in outputs.values()]).sum()
-
-
 def bad_keys(seen: Sequence[tuple[LossTerms, Batch]]) -> list[str]:
     """Keys of this student's samples whose loss is not finite, at most a handful."""
     found = []
@@ -211,60 +213,3 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         keys=batch.keys,
         bad=batch.bad,
     )
-
-
-def masked_mean(terms: LossTerms, valid: Tensor) -> Tensor:
-    """Weighted sum of the terms, each averaged over the slots of the micro-batch; invalid slots count as zero.
-
-    The divisor is the number of slots, not of valid ones: students with unequal numbers of valid samples must still
-    weigh every sample alike when their gradients are averaged.
-    """
-    total = torch.zeros((), dtype=torch.float32, device=valid.device)
-    for name, term in terms.items():
-        assert term.per_sample.shape == valid.shape, (
-            f"{name} is not one value per sample: {tuple(term.per_sample.shape)}"
-        )
-        kept = torch.where(valid, term.per_sample, torch.zeros_like(term.per_sample))
-        total = total + term.weight * kept.sum() / valid.numel()
-    return total
-
-
-def add_variances(meter: Meter, targets: Outputs, valid: Tensor) -> None:
-    """What is needed for the variance of each teacher feature over the samples of this step."""
-    for name, features in targets.items():
-        mean, mean_square = feature_moments(features)
-        meter.add_samples(f"_mean/{name}", mean, valid)
-        meter.add_samples(f"_mean_square/{name}", mean_square, valid)
-
-
-def with_nmse(values: Mapping[str, float], stage: StageSpec) -> dict[str, float]:
-    """Add `nmse/<group>` = MSE / variance of the teacher's feature; below 1 a stage has learned something."""
-    found = {name: value for name, value in values.items() if not name.startswith("_")}
-    for tap in stage.taps:
-        mse = values.get(f"feature_mse/{tap.teacher}")
-        if mse is not None:
-            variance = values[f"_mean_square/{tap.teacher}"] - values[f"_mean/{tap.teacher}"] ** 2
-            found[f"nmse/{tap.teacher}"] = mse / variance if variance > 0 else float("nan")
-    return found
-
-
-def mean_nmse(values: Mapping[str, float]) -> float | None:
-    """Mean over the taps of a report, whatever its prefix; None where the stage compares no features."""
-    found = [value for name, value in values.items() if "/nmse/" in name]
-    return sum(found) / len(found) if found else None
-
-
-def rates_over_students(
-    stats: Mapping[str, float], *, num_images: int, seconds: float, device: torch.device
-) -> dict[str, float]:
-    """`perf/...` of a reporting window. Rates are (amount, seconds) pairs summed over students. Collective."""
-    meter = Meter()
-    meter.add("perf/student_images_per_s", num_images, seconds)
-    meter.add("perf/teacher_wait_frac", stats.get("wait_s", 0.0), seconds)
-    meter.add("perf/data_wait_frac", stats["data_wait_s"], seconds)
-    meter.add("perf/teacher_images_per_s", stats.get("teacher_images", 0.0), stats.get("teacher_busy_s", 0.0))
-    meter.add("perf/link_mib_per_s", stats.get("bytes", 0.0) / 2**20, seconds)
-    meter.add("perf/host_mem_gib", psutil.Process().memory_info().rss / 2**30, 1)
-    if device.type == "cuda":
-        meter.add("perf/gpu_mem_gib", torch.cuda.max_memory_allocated(device) / 2**30, 1)
-    return {name: value for name, value in meter.reduce().items() if not math.isnan(value)}

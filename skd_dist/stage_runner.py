@@ -29,9 +29,10 @@ from skd_dist.plan import StageSpec
 from skd_dist.progress import StageProgress
 from skd_dist.resume_point import remove_all
 from skd_dist.shared_pass import BatchKey, KeyedBatches, Turns
-from skd_dist.stage_loop import mean_nmse, run_stage
+from skd_dist.stage_loop import run_stage
 from skd_dist.stage_resume import begin, make_checkpointer, start_state
 from skd_dist.stage_side import State, StudentSide
+from skd_dist.stage_values import mean_nmse
 from skd_dist.student import StageModule, build_stage_module, companion_part, student_part
 
 REPORTS_PER_STAGE = 50
@@ -85,6 +86,7 @@ def train_stage(side: StudentSide, stage: StageSpec, state: State) -> Turns[Stag
                     progress=progress,
                     until=until,
                     report_at=stop,
+                    seed=config.seed,
                     global_batch_size=shape.global_batch_size,
                     grad_accum_steps=shape.grad_accum_steps,
                     device=side.device,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from skd_dist.adapters import make_adapter
+from skd_dist.attack import BOUNDARY
 from skd_dist.contracts import Method, StageModels
 from skd_dist.models.create import create_model
 from skd_dist.models.cut import ModelCut, run_cut, set_training
@@ -67,15 +68,17 @@ class StageModule(nn.Module):
             set_training(self.model, self._cut, trains=self._stage.trains, frozen_batchnorm=self._frozen_batchnorm)
         return self
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, boundary_images: Tensor | None = None) -> dict[str, Tensor]:
         """Run as far as the stage needs.
 
         Args:
             images: uint8 [N, 3, H, W].
+            boundary_images: [M, 3, H, W], 0..255 in any dtype, in a step that attacks the teacher. They make a pass of
+                their own: BatchNorm must not mix them with the others.
 
         Returns:
             Teacher group name -> adapted feature; LOGITS -> [N, K] where the stage asks for them; what the companion
-            gives, under its own names.
+            gives, under its own names; BOUNDARY -> logits [M, K] of the boundary images, where there are any.
         """
         stage = self._stage
         images = arrange_images(self._cut, images)
@@ -84,7 +87,12 @@ class StageModule(nn.Module):
         outputs = {tap.teacher: self.adapters[tap.teacher](own[tap.student]) for tap in stage.taps}
         if stage.student_logits:
             outputs[LOGITS] = own[LOGITS]
-        return outputs if self.companion is None else {**outputs, **self.companion(images, own)}
+        if self.companion is not None:
+            outputs |= self.companion(images, own)
+        if boundary_images is not None:
+            boundary_images = arrange_images(self._cut, boundary_images)
+            outputs[BOUNDARY] = run_cut(self._cut, self.model, boundary_images, taps=(), logits=True)[LOGITS]
+        return outputs
 
 
 def _make_adapters(stage: StageSpec, cut: ModelCut, teacher_cut: ModelCut | None) -> nn.ModuleDict:

@@ -4,6 +4,7 @@ It keeps no epoch, order or stage, so where it runs cannot change a result: insi
 on many. It is never a child of anything that trains.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,11 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from skd_dist.attack import BOUNDARY_IMAGES, BOUNDARY_SLOTS, BOUNDARY_USED, find_boundary
+from skd_dist.contracts import Attack
 from skd_dist.errors import UserError
 from skd_dist.models.create import PRETRAINED, create_model, load_weights, weights_digest
-from skd_dist.models.cut import ModelCut, run_cut
+from skd_dist.models.cut import ModelCut, normalise, run_cut, to_pixels
 from skd_dist.models.exits import EXITS, Exits, create_exits, group_of, is_exit, load_exits
 from skd_dist.models.memory_format import arrange_images, set_memory_formats
 from skd_dist.plan import LOGITS
@@ -52,6 +55,8 @@ class Teacher(Protocol):
 
     def answer(self, images: Tensor, outputs: Sequence[str]) -> dict[str, Tensor]: ...
 
+    def attack(self, images: Tensor, attack: Attack) -> dict[str, Tensor]: ...
+
     def has_moved(self) -> bool:
         """Whether the weights are not what they were: a defect of ours."""
         ...
@@ -66,6 +71,8 @@ class FrozenTeacher:
         device: where it runs.
         dtype: of its weights and answers.
         exits: of the same network, where they are asked for.
+        can_attack: whether `attack` will be asked for: it computes in float32, for which a copy is kept where `dtype`
+            is another.
     """
 
     def __init__(
@@ -76,15 +83,19 @@ class FrozenTeacher:
         device: torch.device,
         dtype: torch.dtype,
         exits: Exits | None = None,
+        can_attack: bool = False,
     ) -> None:
         self.weights_digest = weights_digest(_tensors(model, exits))
         self.dtype_name = str(dtype).removeprefix("torch.")
-        self._model = model.eval().requires_grad_(False).to(device=device, dtype=dtype)
-        set_memory_formats(self._model, cut, weights_too=True)
-        self._exits = None if exits is None else exits.eval().requires_grad_(False).to(device=device, dtype=dtype)
-        self._digest_at_work = weights_digest(_tensors(self._model, self._exits))
         self.cut = cut
         self.device = device
+        self._can_attack = can_attack
+        model.eval().requires_grad_(False)
+        exact = copy.deepcopy(model) if can_attack and dtype != torch.float32 else model
+        self._model = self._at_work(model, dtype)
+        self._attacked = self._model if exact is model else self._at_work(exact, torch.float32)
+        self._exits = None if exits is None else exits.eval().requires_grad_(False).to(device=device, dtype=dtype)
+        self._digests_at_work = self._digests()
 
     def answer(self, images: Tensor, outputs: Sequence[str]) -> dict[str, Tensor]:
         """Run the teacher up to the deepest output asked for and no further.
@@ -107,8 +118,38 @@ class FrozenTeacher:
                 found[name] = self._exits[group_of(name)](found[group_of(name)])
             return {name: found[name] for name in outputs}
 
+    def attack(self, images: Tensor, attack: Attack) -> dict[str, Tensor]:
+        """Samples near the decision boundary, made of these images; in float32, and nothing of the teacher moves.
+
+        Args:
+            images: uint8 [N, 3, H, W] on any device.
+            attack: of these images, on any device.
+
+        Returns:
+            As `attack.find_boundary`, with images in 0..255 (and a little beyond), which any network can normalise for
+            itself. Slots that are not used hold their image as it came.
+        """
+        assert self._can_attack, "a teacher that is attacked is loaded for it"
+        images = arrange_images(self.cut, images.to(self.device))
+        there = Attack.from_tensors(
+            {name: tensor.to(self.device) for name, tensor in attack.tensors().items()}, seed=attack.seed
+        )
+        found = find_boundary(self._attacked, normalise(self.cut, images), there)
+        used = found[BOUNDARY_USED].bool()[:, None, None, None]
+        moved = to_pixels(self.cut, found[BOUNDARY_IMAGES])
+        return {**found, BOUNDARY_IMAGES: torch.where(used, moved, images[found[BOUNDARY_SLOTS]].float())}
+
     def has_moved(self) -> bool:
-        return weights_digest(_tensors(self._model, self._exits)) != self._digest_at_work
+        return self._digests() != self._digests_at_work
+
+    def _at_work(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
+        model = model.to(device=self.device, dtype=dtype)
+        set_memory_formats(model, self.cut, weights_too=True)
+        return model
+
+    def _digests(self) -> list[str]:
+        models = dict.fromkeys((self._model, self._attacked))
+        return [weights_digest(_tensors(model, self._exits)) for model in models]
 
 
 def _tensors(model: nn.Module, exits: Exits | None) -> dict[str, Tensor]:
@@ -132,6 +173,8 @@ class Load:
     """Of a process that holds nothing else: another number would round differently."""
     exits: bool = False
     """Whether its exits are asked for: those beside the checkpoint, or with leave to go without, random ones."""
+    can_attack: bool = False
+    """Whether the plan attacks it."""
 
 
 def build_teacher(order: Load) -> FrozenTeacher:
@@ -151,7 +194,8 @@ def build_teacher(order: Load) -> FrozenTeacher:
         )
     device = torch.device(order.device)
     exits = _build_exits(order) if order.exits else None
-    return FrozenTeacher(model, cut=cut, device=device, dtype=resolve_dtype(order.dtype, device), exits=exits)
+    dtype = resolve_dtype(order.dtype, device)
+    return FrozenTeacher(model, cut=cut, device=device, dtype=dtype, exits=exits, can_attack=order.can_attack)
 
 
 def _build_exits(order: Load) -> Exits:

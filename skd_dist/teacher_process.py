@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from skd_dist.contracts import Attack
 from skd_dist.errors import UserError
 from skd_dist.link.passage import make_memory_file, make_passage
 from skd_dist.link.teacher_side import TeacherLostError
 from skd_dist.teacher import Load
-from skd_dist.teacher_worker import Answered, Ask, Failed, HasMoved, Loaded, Refused
+from skd_dist.teacher_worker import Answered, Ask, AskAttack, Failed, HasMoved, Loaded, Refused
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _PROGRAM = """import sys
@@ -84,12 +85,12 @@ class TeacherProcess:
         Raises:
             TeacherLostError: the process is gone, or was ended because it did not answer in time.
         """
-        images_parcel = self._passage.give({"images": images})
-        reply = self._exchange(Ask(images=images_parcel, outputs=tuple(outputs)), timeout_s=self._timeout_s)
-        if isinstance(reply, Failed):
-            raise RuntimeError(reply.text)
-        assert isinstance(reply, Answered), reply
-        return self._passage.open(reply.outputs)
+        return self._answered(Ask(images=self._passage.give({"images": images}), outputs=tuple(outputs)))
+
+    def attack(self, images: Tensor, attack: Attack) -> dict[str, Tensor]:
+        """As `FrozenTeacher.attack`; raises as `answer` does."""
+        payload = self._passage.give({"images": images, **attack.tensors()})
+        return self._answered(AskAttack(payload=payload, seed=attack.seed))
 
     def has_moved(self) -> bool:
         """Whether the weights are not what they were. A process that is gone holds none that could have moved."""
@@ -151,6 +152,13 @@ class TeacherProcess:
             raise UserError(reply.line)
         assert isinstance(reply, Loaded), reply
         return reply
+
+    def _answered(self, message: Ask | AskAttack) -> dict[str, Tensor]:
+        reply = self._exchange(message, timeout_s=self._timeout_s)
+        if isinstance(reply, Failed):
+            raise RuntimeError(reply.text)
+        assert isinstance(reply, Answered), reply
+        return self._passage.open(reply.outputs)
 
     def _exchange(self, message: Any, *, timeout_s: float | None) -> Any:
         try:

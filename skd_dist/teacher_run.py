@@ -17,7 +17,7 @@ from skd_dist.errors import UserError
 from skd_dist.job.consensus import gather_text, print_error
 from skd_dist.job.notices import post_notice
 from skd_dist.job.rendezvous import Job
-from skd_dist.link.inline import InlineLink
+from skd_dist.link.inline import InlineLink, no_attack
 from skd_dist.link.student_side import RemoteLink
 from skd_dist.link.teacher_side import Event, cannot_be_lost, serve
 from skd_dist.models.exits import is_exit
@@ -94,6 +94,7 @@ def _build_teacher(prepared: Prepared, device: torch.device, worker: TeacherProc
         device=str(device),
         num_threads=torch.get_num_threads(),
         exits=any(is_exit(name) for stage in prepared.plan.stages for name in stage.teacher_outputs),
+        can_attack=prepared.plan.attacks_teacher,
     )
     if worker is None:
         return build_teacher(order)
@@ -128,7 +129,8 @@ def serve_teacher(job: Job, teacher: Teacher | None, key: str) -> None:
         print_error(f"teacher rank {job.world.rank}: {words}")
 
     revive = teacher.revive if isinstance(teacher, TeacherProcess) else cannot_be_lost
-    serve(job, answer_of(teacher), run_key=key, timeout=LINK_TIMEOUT, revive=revive, on_event=tell)
+    attack = no_attack if teacher is None else teacher.attack
+    serve(job, answer_of(teacher), run_key=key, timeout=LINK_TIMEOUT, attack=attack, revive=revive, on_event=tell)
 
 
 def make_link(
@@ -139,4 +141,4 @@ def make_link(
         return RemoteLink(
             job, run_key=key, timeout=LINK_TIMEOUT, teacher_timeout_s=teacher_timeout_s, is_stopping=is_stopping
         )
-    return InlineLink(teacher.answer) if teacher is not None else None
+    return InlineLink(teacher.answer, teacher.attack) if teacher is not None else None

@@ -12,9 +12,11 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from skd_dist.contracts import Attack
 from skd_dist.errors import UserError
-from skd_dist.link.passage import make_passage
+from skd_dist.link.passage import Passage, make_passage
 from skd_dist.teacher import FrozenTeacher, Load, build_teacher
 
 
@@ -24,6 +26,15 @@ class Ask:
 
     images: Any
     outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AskAttack:
+    """Another kind of request; answered alike."""
+
+    payload: Any
+    """Images, and the tensors of a `contracts.Attack`."""
+    seed: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,10 +84,10 @@ def work(connection: Connection, memory_file: int) -> None:
                     continue
                 passage = make_passage(teacher.device, memory_file)
                 connection.send(Loaded(weights_digest=teacher.weights_digest, dtype_name=teacher.dtype_name))
-            case Ask():
+            case Ask() | AskAttack():
                 assert teacher is not None, "nothing is loaded"
                 try:
-                    answer = teacher.answer(passage.open(message.images)["images"], message.outputs)
+                    answer = answer_one(teacher, passage, message)
                 except torch.AcceleratorError:
                     raise  # the device is lost to this process: a new one must begin
                 except Exception as error:  # told to the parent, which fails with it
@@ -87,6 +98,14 @@ def work(connection: Connection, memory_file: int) -> None:
             case HasMoved():
                 assert teacher is not None, "nothing is loaded"
                 connection.send(teacher.has_moved())
+
+
+def answer_one(teacher: FrozenTeacher, passage: Passage, message: Ask | AskAttack) -> dict[str, Tensor]:
+    """What the message asks for."""
+    if isinstance(message, Ask):
+        return teacher.answer(passage.open(message.images)["images"], message.outputs)
+    payload = passage.open(message.payload)
+    return teacher.attack(payload["images"], Attack.from_tensors(payload, seed=message.seed))
 
 
 def load(order: Load) -> FrozenTeacher:

@@ -30,7 +30,7 @@ from skd_dist.stage_loop import masked_mean
 
 ALONE = {"no_teacher", "teacher_training", "multi_exit", "teacher_training_exits"}
 """Methods that need no teacher."""
-COMPARING = {"sp", "rkd"}
+COMPARING = {"sp", "rkd", "bss"}
 """Methods that look at several samples at once."""
 
 
@@ -188,6 +188,7 @@ AT_ITS_TEACHER: dict[str, dict[str, str]] = {
     "fsp": {"fsp": "zero", "cross_entropy": "labels"},
     "sp": {"similarity": "zero", "cross_entropy": "labels"},
     "rkd": {"rkd_distance": "zero", "rkd_angle": "zero", "cross_entropy": "labels"},
+    "bss": {"soft_cross_entropy": "entropy", "cross_entropy": "labels"},
     "mskd": {"distillation_kl": "last", "cross_entropy": "labels"},
     "mskd_oto": {"distillation_kl": "last", "cross_entropy": "labels"},
     "multi_exit": {"cross_entropy": "labels"},
@@ -196,8 +197,8 @@ AT_ITS_TEACHER: dict[str, dict[str, str]] = {
     OWN: {"pooled_mse": "zero", "cross_entropy": "labels"},
 }
 """What each term is where the student is its teacher. zero: exactly that, up to rounding, at every sample. regressor:
-zero once the fresh regressor in between is taken out. last: at the network's own head, not at fresh exits. labels: the
-teacher does not come in."""
+zero once the fresh regressor in between is taken out. last: at the network's own head, not at fresh exits. entropy:
+that of the teacher's probabilities, the least there is. labels: the teacher does not come in."""
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -216,8 +217,10 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_it(name: str, f
             kind = key.partition("/")[0]
             seen.add(kind)
             expected = AT_ITS_TEACHER[name][kind]
-            if expected == "labels" or (expected == "last" and not key.endswith(f"/{LAST}")):
+            if expected in ("labels", "entropy"):
                 assert (term.per_sample > 0.01).all()
+            elif expected == "last" and not key.endswith(f"/{LAST}"):
+                assert (term.per_sample > 1e-6).all()
             else:
                 assert term.per_sample.abs().max() <= 1e-10
     assert seen == set(AT_ITS_TEACHER[name])

@@ -76,6 +76,15 @@ def test_a_tap_needs_a_teacher() -> None:
         check(GOOD, teacher=None)
 
 
+def test_an_attack_needs_the_logits_of_both_networks() -> None:
+    good = stage(0, "a", tuple(GROUPS), attack_steps=1, student_logits=True, teacher_logits=True)
+    check(plan_of(good))
+    assert plan_of(good).attacks_teacher and not GOOD.attacks_teacher
+    for missing in ("student_logits", "teacher_logits"):
+        with pytest.raises(UserError, match="stage a attacks the teacher; got no logits of both networks; expected st"):
+            check(plan_of(dataclasses.replace(good, **{missing: False})))  # type: ignore[arg-type]
+
+
 def test_a_stage_needs_steps() -> None:
     with pytest.raises(UserError, match="stage a has no steps; got 0"):
         dataclasses.replace(GOOD.stages[0], name="a", num_steps=0)

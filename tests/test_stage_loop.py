@@ -19,7 +19,8 @@ from skd_dist.models.create import create_model
 from skd_dist.models.cut import cut_model
 from skd_dist.plan import OptimizerSpec, StageSpec, Tap
 from skd_dist.progress import StageProgress
-from skd_dist.stage_loop import Interruptions, NoInterruptions, masked_mean, run_stage
+from skd_dist.stage_loop import Interruptions, NoInterruptions, run_stage
+from skd_dist.stage_values import masked_mean
 from skd_dist.student import StageModule, build_stage_module
 from skd_dist.teacher import FrozenTeacher
 
@@ -91,6 +92,7 @@ class Journey:
             ask=AskAhead(link or InlineLink(teacher().answer), depth=depth),
             progress=self.progress,
             until=until,
+            seed=0,
             global_batch_size=self.micro_size * self.grad_accum_steps,
             grad_accum_steps=self.grad_accum_steps,
             device=CPU,

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from skd_dist.attack import BOUNDARY
 from skd_dist.contracts import Outputs, StageModels
 from skd_dist.methods.base import BaseMethod
 from skd_dist.models.cut import cut_model
@@ -103,6 +104,19 @@ def test_without_an_adapter_the_feature_comes_as_it_is() -> None:
     feature = STUDENT.group("stage2").feature
     assert feature is not None
     assert build(stage=stage)(IMAGES)["stage1"].shape == (4, *feature.shape)
+
+
+def test_boundary_images_make_a_pass_of_their_own() -> None:
+    """In train mode, where BatchNorm would mix what goes through together; of another size than the batch, and not
+    of whole pixels."""
+    module, again = build(), build()
+    boundary = IMAGES[:2].float() + 0.25
+    outputs = module(IMAGES, boundary)
+    assert set(outputs) == {"stage1", LOGITS, BOUNDARY} and outputs[BOUNDARY].shape == (2, 3)
+    clean = again(IMAGES)
+    assert torch.equal(outputs[LOGITS], clean[LOGITS]) and torch.equal(outputs["stage1"], clean["stage1"])
+    assert torch.equal(outputs[BOUNDARY], again(boundary)[LOGITS])
+    assert not torch.equal(outputs[BOUNDARY], again(torch.cat([boundary, boundary[:1] + 9]))[LOGITS][:2])
 
 
 def test_starts_from_the_state_given() -> None:

@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from skd_dist.attack import ATTACK_OUTPUTS, BOUNDARY_USED
+from skd_dist.contracts import Attack
 from skd_dist.errors import UserError
 from skd_dist.link.teacher_side import TeacherLostError
 from skd_dist.models.create import create_model
@@ -88,6 +90,26 @@ def test_exits_are_answered_as_in_this_process(teacher: TeacherProcess, order: L
         teacher.load(with_exits)
     teacher.load(order)
     assert_answers_as(teacher, order)
+
+
+def test_it_is_attacked_as_a_teacher_in_this_process_would_be(teacher: TeacherProcess, order: Load) -> None:
+    here, there = build_teacher(replace(order, can_attack=True)), replace(order, can_attack=True)
+    labels = here.answer(IMAGES, (LOGITS,))[LOGITS].argmax(1)
+    attack = Attack(
+        labels=labels,
+        probabilities=torch.nn.functional.one_hot(labels, 3).float(),
+        valid=torch.tensor([True, True, False, True]),
+        seed=3,
+    )
+    with pytest.raises(RuntimeError, match=r"^AssertionError: a teacher that is attacked is loaded for it$"):
+        teacher.attack(IMAGES, attack)
+    teacher.load(there)
+    found, expected = teacher.attack(IMAGES, attack), here.attack(IMAGES, attack)
+    assert list(found) == list(ATTACK_OUTPUTS) and found[BOUNDARY_USED].sum() == 3
+    for name in ATTACK_OUTPUTS:
+        assert torch.equal(found[name], expected[name]) and found[name].stride() == expected[name].stride(), name
+    assert not teacher.has_moved()
+    teacher.load(order)
 
 
 def test_an_answer_stays_what_it_was_when_the_next_one_is_made(teacher: TeacherProcess) -> None:

@@ -42,7 +42,7 @@ from bench_data import measure as measure_data
 from bench_grid import GridBench
 from bench_grid import measure as measure_grid
 
-from skd_dist.contracts import Batch, Engine, Outputs, PlanContext, TeacherLink
+from skd_dist.contracts import Attack, Batch, Engine, Outputs, PlanContext, TeacherLink
 from skd_dist.engines import EngineSpec, make_engine
 from skd_dist.job.failure import FailureWatch
 from skd_dist.job.rendezvous import Job, join_job, leave_job
@@ -103,7 +103,7 @@ class ReadyLink:
     def __init__(self, answer: Outputs) -> None:
         self._answer = answer
 
-    def submit(self, request_id: int, images: Tensor, outputs: Sequence[str]) -> None:
+    def submit(self, request_id: int, images: Tensor, outputs: Sequence[str], *, attack: Attack | None = None) -> None:
         """Nothing is computed."""
 
     def take(self, request_id: int) -> Outputs:
@@ -170,6 +170,7 @@ def measure_loop(scene: Scene, link: TeacherLink) -> Callable[[], list[float]]:
             ask=ask,
             progress=StageProgress(),
             until=scene.steps,
+            seed=0,
             global_batch_size=len(scene.batch.keys),
             grad_accum_steps=1,
             device=torch.device("cpu"),

@@ -34,6 +34,7 @@ from skd_dist.contracts import Outputs
 from skd_dist.engines.collectives import full_state
 from skd_dist.engines.deepspeed_config import autocast_dtype, complete_config
 from skd_dist.engines.deepspeed_snapshot import restore_snapshot, take_snapshot
+from skd_dist.engines.passes import given, looking_only
 from skd_dist.errors import UserError
 from skd_dist.lean_imports import lean_imports
 from skd_dist.optim import make_optimizer
@@ -88,8 +89,14 @@ class DeepSpeedEngine:
         self._device = device
         self._micro_step = 0
 
-    def forward(self, images: Tensor) -> Outputs:
-        outputs: Outputs = self._engine(images)
+    def forward(self, images: Tensor, boundary_images: Tensor | None = None) -> Outputs:
+        outputs: Outputs = self._engine(*given(images, boundary_images))
+        return outputs
+
+    def predict(self, images: Tensor) -> Outputs:
+        # Through DeepSpeed's own forward, which gathers what ZeRO 3 has split.
+        with looking_only(self.module):
+            outputs: Outputs = self._engine(images)
         return outputs
 
     def backward(self, loss: Tensor) -> None:

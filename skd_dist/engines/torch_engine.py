@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from skd_dist.contracts import Outputs
 from skd_dist.engines.collectives import full_state
 from skd_dist.engines.deepspeed_config import autocast_dtype, gradient_clipping
+from skd_dist.engines.passes import given, looking_only
 from skd_dist.engines.plain_state import plain_snapshot, restore_plain
 from skd_dist.optim import make_optimizer
 from skd_dist.plan import OptimizerSpec
@@ -56,12 +57,14 @@ class TorchEngine:
         # pass; DeepSpeed leaves each student its own, and full_state averages them.
         self._parallel = DistributedDataParallel(module, forward_sync_buffers=False) if num_students > 1 else None
 
-    def forward(self, images: Tensor) -> Outputs:
-        with (
-            torch.autocast(self._device.type, dtype=self._autocast_dtype, enabled=self._autocast_dtype is not None),
-            self._gradient_sync(),
-        ):
-            outputs: Outputs = (self._parallel or self.module)(images)
+    def forward(self, images: Tensor, boundary_images: Tensor | None = None) -> Outputs:
+        with self._autocast(), self._gradient_sync():
+            outputs: Outputs = (self._parallel or self.module)(*given(images, boundary_images))
+        return outputs
+
+    def predict(self, images: Tensor) -> Outputs:
+        with self._autocast(), looking_only(self.module):
+            outputs: Outputs = self.module(images)
         return outputs
 
     def backward(self, loss: Tensor) -> None:
@@ -89,6 +92,9 @@ class TorchEngine:
 
     def close(self) -> None:
         del self._parallel, self._optimizer, self._trainable, self.module
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self._device.type, dtype=self._autocast_dtype, enabled=self._autocast_dtype is not None)
 
     def _gradient_sync(self) -> Any:
         """DDP decides in the forward pass whether the backward pass averages: only that of the last micro-step does."""

@@ -10,6 +10,7 @@ from multiprocessing.connection import Connection
 
 from torch import Tensor
 
+from skd_dist.contracts import Attack
 from skd_dist.link.layout import describe
 from skd_dist.link.peer import talking_to
 from skd_dist.link.transport import Transfer, Transport
@@ -23,6 +24,12 @@ class Question:
     request_id: int
     images: Tensor
     outputs: tuple[str, ...]
+    attack: Attack | None = None
+
+    @property
+    def payload(self) -> dict[str, Tensor]:
+        """What travels, by name, in its order."""
+        return {"images": self.images, **(self.attack.tensors() if self.attack else {})}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -37,10 +44,10 @@ class Answerer:
     is_up: bool = True
     asked: dict[int, Question] = field(default_factory=dict)
     """Not answered yet."""
-    sending: dict[int, Transfer] = field(default_factory=dict)
-    """Images under way; those whose Go has not come are not among them."""
+    sending: dict[int, list[Transfer]] = field(default_factory=dict)
+    """Payloads under way; those whose Go has not come are not among them."""
     forgotten: list[Transfer] = field(default_factory=list)
-    """Images of requests that the teacher lost; it receives and drops them."""
+    """Payloads of requests that the teacher lost; it receives and drops them."""
     received: list[int] = field(default_factory=list)
     """Answers that have arrived since the last message to this teacher."""
     is_parting: bool = False
@@ -53,32 +60,38 @@ class Answerer:
         """Names this teacher in whatever goes wrong inside."""
         return talking_to(self.name, left="closed its connection")
 
-    def ask(self, question: Question) -> None:
-        """Send one request; does not wait."""
+    def ask(self, question: Question) -> int:
+        """Send one request; does not wait. Returns how many bytes it has beside its header."""
         self.asked[question.request_id] = question
-        spec = describe("images", question.images)
+        images, *extras = (describe(name, tensor) for name, tensor in question.payload.items())
         if self.transport.eager:
-            self.sending[question.request_id] = self.transport.send(question.images, spec)
+            self._post(question)
         message = Request(
-            request_id=question.request_id, images=spec, outputs=question.outputs, received=self._confirmed()
+            request_id=question.request_id,
+            work="attack" if question.attack else "answer",
+            images=images,
+            extras=tuple(extras),
+            seed=question.attack.seed if question.attack else 0,
+            outputs=question.outputs,
+            received=self._confirmed(),
         )
         send(self.connection, message)
+        return message.num_bytes
 
     def can_go(self, request_id: int) -> bool:
         """Whether that request waits for its Go."""
         return request_id in self.asked and request_id not in self.sending
 
-    def send_images(self, request_id: int) -> None:
+    def send_payload(self, request_id: int) -> None:
         """Post the payload that was called for."""
-        images = self.asked[request_id].images
-        self.sending[request_id] = self.transport.send(images, describe("images", images))
+        self._post(self.asked[request_id])
         send(self.connection, Sent(request_id=request_id))
 
     def receive_answer(self, answer: Answer) -> list[Transfer]:
         """Post the receives of an answer."""
         del self.asked[answer.request_id]
-        # Over at once: the teacher has the images, and what it forgot came before them.
-        for transfer in (*self.forgotten, self.sending.pop(answer.request_id)):
+        # Over at once: the teacher has the payload, and what it forgot came before it.
+        for transfer in (*self.forgotten, *self.sending.pop(answer.request_id)):
             transfer.wait(self.timeout)
         self.forgotten.clear()
         return [self.transport.receive(spec) for spec in answer.outputs]
@@ -87,7 +100,8 @@ class Answerer:
         """Its model is lost; what must be asked again."""
         self.is_up = False
         lost, self.asked = list(self.asked.values()), {}
-        self.forgotten += self.sending.values()
+        for transfers in self.sending.values():
+            self.forgotten += transfers
         self.sending.clear()
         if not self.is_parting:
             send(self.connection, Noted(received=self._confirmed()))
@@ -97,6 +111,12 @@ class Answerer:
         """Say goodbye; the teacher's own is the last message."""
         self.is_parting = True
         send(self.connection, Bye(received=self._confirmed()))
+
+    def _post(self, question: Question) -> None:
+        payload = question.payload.items()
+        self.sending[question.request_id] = [
+            self.transport.send(tensor, describe(name, tensor)) for name, tensor in payload
+        ]
 
     def _confirmed(self) -> tuple[int, ...]:
         received, self.received = tuple(self.received), []

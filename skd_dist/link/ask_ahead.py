@@ -12,7 +12,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from skd_dist.contracts import Batch, Outputs, TeacherLink
+from torch import Tensor
+
+from skd_dist.attack import ATTACK_OUTPUTS
+from skd_dist.contracts import Attack, Batch, Outputs, TeacherLink
 from skd_dist.errors import NoTeacherError
 
 
@@ -34,6 +37,7 @@ class AskAhead:
         self._link = link
         self._depth = depth
         self._next_id = 0
+        self._next_attack_id = -1
         self._data_wait_s = 0.0
 
     def stream(self, batches: Iterable[Batch], outputs: Sequence[str]) -> Iterator[tuple[Batch, Outputs | None]]:
@@ -69,14 +73,32 @@ class AskAhead:
                 raise self.no_teacher
             yield batch, answer
 
+    def attack(self, images: Tensor, attack: Attack) -> Outputs | None:
+        """Samples near the teacher's boundary, waited for: they depend on the student as it is now.
+
+        Attacks are numbered downwards, so that they take turns among the teachers by themselves.
+
+        Returns:
+            The outputs named in `attack.ATTACK_OUTPUTS`; None once `no_teacher` is set.
+        """
+        assert self._link is not None, "a stage that needs a teacher passed check_plan"
+        if self.no_teacher is not None:
+            return None
+        request_id, self._next_attack_id = self._next_attack_id, self._next_attack_id - 1
+        self._link.submit(request_id, images, ATTACK_OUTPUTS, attack=attack)
+        return self._taken(request_id)
+
     def _answered(self, request_id: int, batch: Batch) -> tuple[Batch, Outputs | None]:
+        return batch, self._taken(request_id)
+
+    def _taken(self, request_id: int) -> Outputs | None:
         assert self._link is not None
         if self.no_teacher is None:
             try:
-                return batch, self._link.take(request_id)
+                return self._link.take(request_id)
             except NoTeacherError as error:
                 self.no_teacher = error
-        return batch, None
+        return None
 
     def _timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         source = iter(batches)

@@ -58,9 +58,10 @@ class Asker:
             self.called = self.queue.popleft()
             send(self.connection, Go(request_id=self.called.request_id))
 
-    def images_of(self, request: Request) -> Tensor:
-        """Receive what has been posted for a request."""
-        return self.transport.receive(request.images).wait(self.timeout)
+    def payload_of(self, request: Request) -> dict[str, Tensor]:
+        """Receive what has been posted for a request, by name."""
+        transfers = [self.transport.receive(spec) for spec in request.payload]
+        return {transfer.spec.name: transfer.wait(self.timeout) for transfer in transfers}
 
     def send_answer(
         self, request: Request, outputs: dict[str, Tensor], specs: tuple[TensorSpec, ...], *, busy_s: float
@@ -79,7 +80,7 @@ class Asker:
     def forget(self, ready: Request | None) -> None:
         """Drop a request whose payload was posted: payloads of a pair arrive in their order or not at all."""
         if ready is not None:
-            self.images_of(ready)
+            self.payload_of(ready)
         self.called = None
 
     def tell_down(self, how: str) -> None:

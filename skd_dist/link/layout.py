@@ -18,8 +18,9 @@ DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
+    "int64": torch.int64,
 }
-"""What may travel: images and the dtypes of teachers."""
+"""What may travel: images, the dtypes of teachers, labels and positions. A mask travels as bytes."""
 
 MAX_DIMS = 8
 MAX_BYTES = 2**34

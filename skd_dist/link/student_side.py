@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection, wait
 import torch
 from torch import Tensor
 
-from skd_dist.contracts import Outputs
+from skd_dist.contracts import Attack, Outputs
 from skd_dist.errors import NoTeacherError, UserError
 from skd_dist.job.heartbeat import PERIOD_S, PeerAges
 from skd_dist.job.membership import Job
@@ -31,8 +31,8 @@ from skd_dist.link.wire import Answer, Bye, Down, Failure, Go, Message, Up, rece
 class RemoteLink:
     """Asks the teachers of this rank, request j the one at place j modulo their number.
 
-    Implements `contracts.TeacherLink`. One link per run; the link group under it serves all runs of the job. Images
-    must not be written to between `submit` and `take`.
+    Implements `contracts.TeacherLink`. One link per run; the link group under it serves all runs of the job. What is
+    submitted must not be written to before `take`.
 
     Args:
         job: of a student rank, with teacher ranks.
@@ -78,10 +78,10 @@ class RemoteLink:
         self._is_broken = False
         self._counts = dict.fromkeys(("wait_s", "bytes", "teacher_images", "teacher_busy_s"), 0.0)
 
-    def submit(self, request_id: int, images: Tensor, outputs: Sequence[str]) -> None:
+    def submit(self, request_id: int, images: Tensor, outputs: Sequence[str], *, attack: Attack | None = None) -> None:
         """Send one request; does not wait for the teacher."""
         assert images.dtype == torch.uint8 and request_id not in self._under_way(), (images.dtype, request_id)
-        self._ask(Question(request_id=request_id, images=images, outputs=tuple(outputs)))
+        self._ask(Question(request_id=request_id, images=images, outputs=tuple(outputs), attack=attack))
         self._handle_messages(wait_s=0)
 
     def take(self, request_id: int) -> Outputs:
@@ -139,8 +139,7 @@ class RemoteLink:
             self._unasked.append(question)
             return
         with self._talking_to(teacher):
-            teacher.ask(question)
-        self._counts["bytes"] += question.images.numel()
+            self._counts["bytes"] += teacher.ask(question)
 
     def _ask_again(self, questions: list[Question]) -> None:
         for question in sorted(questions, key=lambda question: question.request_id):
@@ -162,7 +161,7 @@ class RemoteLink:
     def _handle(self, teacher: Answerer, message: Message) -> None:
         match message:
             case Go(request_id=request_id) if teacher.can_go(request_id):
-                teacher.send_images(request_id)
+                teacher.send_payload(request_id)
             case Answer(request_id=request_id) if request_id in teacher.sending:
                 self._answers[request_id] = teacher, teacher.receive_answer(message)
                 self._none_up_since_s = None

@@ -10,7 +10,7 @@ teacher or another: a student that has not heard of the loss yet is recognised b
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,13 +18,15 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
+from skd_dist.contracts import Attack
 from skd_dist.errors import UserError
 from skd_dist.job.heartbeat import PERIOD_S, PeerAges
 from skd_dist.job.membership import Job
 from skd_dist.link.asker import Asker
 from skd_dist.link.channel import accept_students
-from skd_dist.link.inline import AnswerRequest
+from skd_dist.link.inline import AnswerRequest, AttackRequest, no_attack
 from skd_dist.link.layout import describe
 from skd_dist.link.peer import check_alive
 from skd_dist.link.transport import MakeTransport, choose_transport
@@ -72,6 +74,7 @@ def serve(
     *,
     run_key: str,
     timeout: timedelta,
+    attack: AttackRequest = no_attack,
     revive: Callable[[], None] = cannot_be_lost,
     on_event: OnEvent = tell_nobody,
     make_transport: MakeTransport = choose_transport,
@@ -83,6 +86,7 @@ def serve(
         answer: the frozen teacher; raises TeacherLostError where it is gone and `revive` can bring it back.
         run_key: as the students' `RemoteLink` of this run.
         timeout: for meeting the students, for one payload, and for a student without a sign of life.
+        attack: of the same teacher, where the plan needs it; raises the same.
         revive: brings the model back, however long that takes.
         on_event: told `lost` and `back`, with details.
 
@@ -99,7 +103,7 @@ def serve(
         Asker(rank=student, connection=connection, transport=make_transport(job, student, run_key), timeout=timeout)
         for student, connection in connections.items()
     ]
-    return _Server(job, answer, askers, timeout, revive, on_event).run()
+    return _Server(job, answer, attack, askers, timeout, revive, on_event).run()
 
 
 class _Server:
@@ -107,6 +111,7 @@ class _Server:
         self,
         job: Job,
         answer: AnswerRequest,
+        attack: AttackRequest,
         askers: list[Asker],
         timeout: timedelta,
         revive: Callable[[], None],
@@ -114,6 +119,7 @@ class _Server:
     ) -> None:
         self._device = job.device
         self._answer_request = answer
+        self._attack_request = attack
         self._revive = revive
         self._on_event = on_event
         self._timeout = timeout
@@ -173,10 +179,10 @@ class _Server:
 
     def _answer(self, asker: Asker, request: Request) -> None:
         with asker.talking():
-            images = asker.images_of(request)
+            payload = asker.payload_of(request)
         started = time.perf_counter()
         try:
-            outputs = self._answer_request(images, request.outputs)
+            outputs = self._do(request, payload)
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)  # so that busy_s is the work, not its launch
             specs = tuple(describe(name, outputs[name]) for name in request.outputs)
@@ -192,9 +198,14 @@ class _Server:
         with asker.talking():
             asker.send_answer(request, dict(outputs), specs, busy_s=busy_s)
         self._num_requests += 1
-        self._num_images += len(images)
-        self._num_bytes += request.images.num_bytes + sum(spec.num_bytes for spec in specs)
+        self._num_images += request.images.shape[0]
+        self._num_bytes += request.num_bytes + sum(spec.num_bytes for spec in specs)
         self._busy_s += busy_s
+
+    def _do(self, request: Request, payload: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        if request.work == "attack":
+            return self._attack_request(payload["images"], Attack.from_tensors(payload, seed=request.seed))
+        return self._answer_request(payload["images"], request.outputs)
 
     def _bring_back(self, how: str) -> None:
         """Forget what was asked, say so at once, so that others can be asked, and return when the model is there."""

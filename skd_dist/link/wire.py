@@ -12,8 +12,9 @@
       Bye                                 -->
                                           <--   Bye       nothing is under way any more
 
-Payloads go over `transport.py`. `received` in the student's messages names the answers whose payload has arrived since
-its last message: their buffers may go.
+Payloads go over `transport.py`; those of one message are posted together, in the order in which it names them.
+`received` in the student's messages names the answers whose payload has arrived since its last message: their buffers
+may go.
 """
 
 import dataclasses
@@ -31,13 +32,33 @@ MAX_HEADER_BYTES = 2**20
 
 MAX_OUTPUTS = 256
 
+WORK = ("answer", "attack")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
     request_id: int
+    work: str
+    """`answer`, or `attack`: which function of the teacher is meant."""
     images: TensorSpec
+    extras: tuple[TensorSpec, ...]
+    """What an attack needs beside the images; their payloads follow theirs, in this order."""
+    seed: int
+    """Of an attack."""
     outputs: tuple[str, ...]
     received: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.work not in WORK:
+            raise ValueError(f"work {self.work}")
+
+    @property
+    def payload(self) -> tuple[TensorSpec, ...]:
+        return (self.images, *self.extras)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(spec.num_bytes for spec in self.payload)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from skd_dist.contracts import Method
 from skd_dist.methods.at import AttentionTransfer
+from skd_dist.methods.bss import Bss
 from skd_dist.methods.fitnet import FitNet
 from skd_dist.methods.fsp import Fsp
 from skd_dist.methods.hint_two_phase import HintTwoPhase
@@ -36,6 +37,7 @@ _ALL: tuple[Method, ...] = (
     Fsp(),
     SimilarityPreserving(),
     RelationalKd(),
+    Bss(),
     NoTeacher(name="teacher_training", equal_budget=False),
     Mskd(),
     Mskd(name="mskd_oto", one_to_one=True),

@@ -107,7 +107,7 @@ def run_cut(cut: ModelCut, model: nn.Module, images: Tensor, *, taps: Sequence[s
     Args:
         cut: of this network.
         model: the network, on the device of the images; its floating-point parameters give the dtype.
-        images: uint8 [N, 3, H, W], 0..255; the memory format is kept.
+        images: [N, 3, H, W], 0..255, bytes or any floating dtype; the memory format is kept.
         taps: groups whose features are wanted; the head has none.
         logits: whether to run to the end. Otherwise the network stops right after the deepest tap, as closely as timm's
             own loop can (the stem of an nfnet is run whole).
@@ -117,7 +117,8 @@ def run_cut(cut: ModelCut, model: nn.Module, images: Tensor, *, taps: Sequence[s
     """
     assert taps or logits, "nothing was asked for"
     network: Any = model
-    x = _normalise(cut, model, images)
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    x = normalise(cut, images).to(dtype)
     if not taps:
         return {LOGITS: model(x)}
     wanted = [group for group in cut.groups if group.name in taps]
@@ -156,14 +157,25 @@ def set_training(
         module.training = path != "" and (drifts or modules[path] <= set(trains))
 
 
-def _normalise(cut: ModelCut, model: nn.Module, images: Tensor) -> Tensor:
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+def normalise(cut: ModelCut, images: Tensor) -> Tensor:
+    """Images as the network sees them, float32 [N, 3, H, W]: in half precision bytes would lose their last digits."""
+    mean, std = _mean_and_std(cut, images.device)
+    return (images.float() - mean) / std
+
+
+def to_pixels(cut: ModelCut, normalised: Tensor) -> Tensor:
+    """What `normalise` was given: float32 [N, 3, H, W], 0..255, but for rounding."""
+    mean, std = _mean_and_std(cut, normalised.device)
+    return normalised.float() * std + mean
+
+
+def _mean_and_std(cut: ModelCut, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of pixels in 0..255, [1, 3, 1, 1] each."""
     mean, std = (
-        255 * torch.tensor(values, dtype=torch.float32, device=images.device).view(1, 3, 1, 1)
+        255 * torch.tensor(values, dtype=torch.float32, device=device).view(1, 3, 1, 1)
         for values in (cut.mean, cut.std)
     )
-    # In float32 first: bytes minus a mean lose their last digits in half precision.
-    return ((images.float() - mean) / std).to(dtype)
+    return mean, std
 
 
 def _check_cuttable(name: str, model: nn.Module) -> None:

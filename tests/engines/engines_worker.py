@@ -72,6 +72,16 @@ class ConvStage(nn.Module):
         return {"stage1": self.adapter(hidden), "logits": self.head(hidden.mean((2, 3)))}
 
 
+class TwicePassed(ConvStage):
+    """Goes through the same weights a second time, as a stage that attacks its teacher does."""
+
+    def forward(self, images: Tensor, boundary_images: Tensor | None = None) -> dict[str, Tensor]:
+        outputs = super().forward(images)
+        if boundary_images is not None:
+            outputs["boundary"] = super().forward(boundary_images)["logits"]
+        return outputs
+
+
 class VitStage(nn.Module):
     """A timm model whose own forward is bypassed: cls_token and pos_embed belong to a module that is never called."""
 
@@ -124,6 +134,12 @@ CASES: dict[str, Case] = {
         f"zero{stage}/autocast": Case(kind="deepspeed", config=zero(stage) | AUTOCAST, optimizer=SGD)
         for stage in range(4)
     },
+    "torch/attack": Case(kind="torch", stage_module=TwicePassed, optimizer=SGD),
+    "accelerate/attack": Case(kind="accelerate", stage_module=TwicePassed, optimizer=SGD),
+    **{
+        f"zero{stage}/attack": Case(kind="deepspeed", config=zero(stage), stage_module=TwicePassed, optimizer=SGD)
+        for stage in (0, 2, 3)
+    },
     "torch/vit": Case(kind="torch", stage_module=VitStage, optimizer=SGD),
     "zero3/vit": Case(kind="deepspeed", config=zero(3), stage_module=VitStage, optimizer=SGD),
 }
@@ -147,6 +163,8 @@ class Result:
     """Of the live module after `full_state`."""
     losses: list[float]
     eval_logits: Tensor
+    predicted_logits: Tensor
+    """Of the same images, by `predict`, when the module is in train mode."""
     output_dtype: torch.dtype
     after_snapshot: list[float]
     """Losses of the steps after the snapshot was taken."""
@@ -162,6 +180,8 @@ def micro_batch(step: int, micro_step: int, student: int) -> Tensor:
 def loss_of(outputs: Mapping[str, Tensor]) -> Tensor:
     labels = torch.arange(MICRO_BATCH_SIZE) % 3
     features = outputs["stage1"].float()
+    if "boundary" in outputs:
+        features = features + outputs["boundary"].float().mean()
     return (features - 1).square().mean() + nn.functional.cross_entropy(outputs["logits"].float(), labels)
 
 
@@ -182,7 +202,7 @@ def train(
         if step == SNAPSHOT_STEP:
             at_snapshot()
         for micro_step, student in slots(case, rank):
-            loss = loss_of(engine.forward(micro_batch(step, micro_step, student)))
+            loss = loss_of(engine.forward(*inputs(engine, case, micro_batch(step, micro_step, student))))
             engine.backward(loss)
             losses.append(loss.item())
         engine.step(LEARNING_RATES[step])
@@ -192,6 +212,15 @@ def train(
             engine.forward(micro_batch(99, 0, 0))
         engine.module.train()
     return losses
+
+
+def inputs(engine: Engine, case: Case, images: Tensor) -> tuple[Tensor, ...]:
+    """What the engine's forward pass is given: with an attack, after a look at the predictions, more images."""
+    if case.stage_module is not TwicePassed:
+        return (images,)
+    predicted = engine.predict(images)["logits"]
+    assert not predicted.requires_grad and engine.module.get_submodule("trained").training
+    return images, 255 - images[: MICRO_BATCH_SIZE // 2].float()
 
 
 def make(case: Case, module: nn.Module) -> Engine:
@@ -225,6 +254,7 @@ def run_case(case: Case, rank: int, closed: list[weakref.ref[Any]], folder: Path
 
     losses = train(engine, case, rank, at_snapshot=keep)
     final = engine.full_state()
+    predicted = engine.predict(micro_batch(99, 0, 0))["logits"].float()
     engine.module.eval()
     with torch.no_grad():
         outputs = engine.forward(micro_batch(99, 0, 0))
@@ -234,6 +264,7 @@ def run_case(case: Case, rank: int, closed: list[weakref.ref[Any]], folder: Path
         own_buffers={name: buffer.clone() for name, buffer in module.named_buffers()},
         losses=losses,
         eval_logits=outputs["logits"].float(),
+        predicted_logits=predicted,
         output_dtype=outputs["logits"].dtype,
         after_snapshot=losses[SNAPSHOT_STEP * len(slots(case, rank)) :],
     )

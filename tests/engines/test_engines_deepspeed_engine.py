@@ -61,7 +61,7 @@ def test_engine_equals_torch_engine(name: str, results: dict[str, Result]) -> No
 
 
 def test_every_engine_was_compared() -> None:
-    assert len(SAME_AS_TORCH) == 20
+    assert len(SAME_AS_TORCH) == 24
     stages = {name.partition("/")[0] for name in SAME_AS_TORCH}
     assert stages == {"accelerate", "zero0", "zero1", "zero2", "zero3", "zero2_offload"}
 
@@ -89,6 +89,17 @@ def test_autocast_runs_in_bfloat16_and_keeps_weights_in_float32(name: str, resul
     result = results[f"{name}/autocast"]
     assert result.output_dtype == torch.bfloat16
     assert {tensor.dtype for tensor in result.final.values()} == {torch.float32, torch.int64}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_prediction_is_what_eval_mode_gives(name: str, results: dict[str, Result]) -> None:
+    assert torch.equal(results[name].predicted_logits, results[name].eval_logits)
+
+
+def test_boundary_images_make_a_difference(results: dict[str, Result]) -> None:
+    """Otherwise the equality of engines that are given some would show nothing."""
+    plain, attacked = parameters_of(results["torch/sgd"]), parameters_of(results["torch/attack"])
+    assert largest_difference(plain, attacked) > 10 * FLOAT32_ATOL
 
 
 @pytest.mark.parametrize("name", CASES)

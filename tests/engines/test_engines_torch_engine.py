@@ -1,5 +1,7 @@
 """TorchEngine in one process: hand-worked steps. Others are held against it in test_engines_deepspeed_engine.py."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -76,6 +78,17 @@ def test_full_state_is_a_copy_in_the_order_of_the_module() -> None:
     for tensor in state.values():
         tensor += 100
     assert [value.item() for value in engine.full_state().values()] == [2.0, 5.0, 0.0]
+
+
+def test_predicting_leaves_every_part_in_the_mode_it_was_in() -> None:
+    module = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3).eval())
+    engine = engine_of(module, grad_accum_steps=1)
+    before = engine.full_state()
+    images = torch.rand(2, 3, 2, 2)
+    found = engine.predict(images)
+    assert torch.equal(found, copy.deepcopy(module).eval()(images)) and not found.requires_grad  # type: ignore[attr-defined, arg-type]
+    assert [part.training for part in module] == [True, False]
+    assert all(torch.equal(value, before[name]) for name, value in engine.full_state().items())
 
 
 @pytest.mark.parametrize("num_micro_steps", [1, 3])

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from skd_dist.contracts import Batch
+from skd_dist.attack import ATTACK_OUTPUTS
+from skd_dist.contracts import Attack, Batch
 from skd_dist.errors import NoTeacherError
 from skd_dist.link.ask_ahead import AskAhead
 
@@ -21,7 +22,8 @@ class Recorder:
         self._lost_at = lost_at
         self._images: dict[int, Tensor] = {}
 
-    def submit(self, request_id: int, images: Tensor, outputs: Sequence[str]) -> None:
+    def submit(self, request_id: int, images: Tensor, outputs: Sequence[str], *, attack: Attack | None = None) -> None:
+        assert (attack is not None) == (tuple(outputs) == ATTACK_OUTPUTS)
         self.calls.append(("submit", request_id))
         self._images[request_id] = images
 
@@ -86,6 +88,30 @@ def test_who_has_nothing_to_lose_is_told_at_once() -> None:
     assert next(stream)[0].keys == ("0",)
     with pytest.raises(NoTeacherError, match="no teacher is left"):
         next(stream)
+
+
+ATTACK = Attack(labels=torch.zeros(1), probabilities=torch.ones(1, 2), valid=torch.ones(1, dtype=torch.bool), seed=0)
+
+
+def test_an_attack_is_waited_for_at_once_and_numbered_downwards() -> None:
+    link = Recorder()
+    ask = AskAhead(link, depth=1)
+    for batch, _ in ask.stream(batches(2), ("stem",)):
+        found = ask.attack(batch.images, ATTACK)
+        assert found is not None and torch.equal(found["stem"], batch.images)
+    names = [f"{call} {number}" for call, number in link.calls]
+    first, second = ["submit -1", "take -1"], ["submit -2", "take -2"]
+    assert names == ["submit 0", "submit 1", "take 0", *first, "take 1", *second]
+
+
+def test_an_attack_that_has_no_teacher_is_none_and_nobody_is_asked_any_more() -> None:
+    link = Recorder(lost_at=-1)
+    ask = AskAhead(link, depth=0)
+    answers = [
+        (answer is None, ask.attack(batch.images, ATTACK)) for batch, answer in ask.stream(batches(2), ("stem",))
+    ]
+    assert answers == [(False, None), (True, None)]
+    assert ask.no_teacher is not None and [number for call, number in link.calls if call == "submit"] == [0, -1]
 
 
 def test_numbers_go_on_through_all_streams_of_a_run() -> None:

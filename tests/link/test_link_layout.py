@@ -14,6 +14,7 @@ TENSORS = {
     "half": IMAGES.half(),
     "brain": IMAGES.bfloat16().to(memory_format=torch.channels_last),
     "bytes": IMAGES.byte(),
+    "labels": torch.tensor([3, 2**40]),
     "one channel": IMAGES[:, :1].float().to(memory_format=torch.channels_last),
     "one pixel": torch.ones(2, 3, 1, 1).to(memory_format=torch.channels_last),
     "empty batch": torch.empty(0, 3, 4, 5),

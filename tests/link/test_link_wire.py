@@ -13,9 +13,22 @@ from skd_dist.link.layout import TensorSpec
 from skd_dist.link.wire import MAX_HEADER_BYTES, Answer, Bye, Failure, Go, Request, Sent, decode, encode, receive, send
 
 SPEC = TensorSpec(name="images", shape=(2, 3, 8, 8), dtype="uint8", channels_last=False)
-REQUEST = Request(request_id=7, images=SPEC, outputs=("stage1", "logits"), received=(3, 4))
+LABELS = TensorSpec(name="labels", shape=(2,), dtype="int64", channels_last=False)
+REQUEST = Request(
+    request_id=7, work="answer", images=SPEC, extras=(), seed=0, outputs=("stage1", "logits"), received=(3, 4)
+)
+ATTACK = Request(
+    request_id=-1,
+    work="attack",
+    images=SPEC,
+    extras=(LABELS,),
+    seed=2**64 - 1,
+    outputs=("boundary_slots",),
+    received=(),
+)
 MESSAGES = (
     REQUEST,
+    ATTACK,
     Go(request_id=7),
     Sent(request_id=7),
     Answer(request_id=7, outputs=(SPEC, SPEC), num_images=2, busy_s=0.25),
@@ -30,6 +43,11 @@ def test_there_and_back():
         for message in MESSAGES:
             send(ours, message)
         assert tuple(receive(theirs) for _ in MESSAGES) == MESSAGES
+
+
+def test_a_payload_is_images_first_and_counted_whole():
+    assert ATTACK.payload == (SPEC, LABELS) and ATTACK.num_bytes == 2 * 3 * 8 * 8 + 2 * 8
+    assert REQUEST.payload == (SPEC,) and REQUEST.num_bytes == 2 * 3 * 8 * 8
 
 
 def changed(**fields):
@@ -59,6 +77,9 @@ def changed(**fields):
         changed(images={"name": "x", "shape": [2**40], "dtype": "uint8", "channels_last": False}),
         changed(images={"name": 1, "shape": [1], "dtype": "uint8", "channels_last": False}),
         changed(images={"name": "x", "shape": 1, "dtype": "uint8", "channels_last": False}),
+        changed(work="attacks"),
+        changed(extras=[1]),
+        changed(seed=None),
         changed(outputs="stage1"),
         changed(outputs=[1]),
         changed(outputs=["x"] * 257),
@@ -72,7 +93,7 @@ def test_malformed_headers_are_refused(data):
 
 @given(st.none() | st.integers() | st.text(max_size=3) | st.lists(st.integers() | st.text(max_size=3), max_size=3))
 def test_any_value_in_a_field_is_read_or_refused(value):
-    for name in ("request_id", "images", "outputs", "received", "kind"):
+    for name in ("request_id", "work", "images", "extras", "seed", "outputs", "received", "kind"):
         try:
             decode(changed(**{name: value}))
         except UserError:

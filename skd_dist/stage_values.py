@@ -1,0 +1,78 @@
+"""From the terms of a micro-batch to the scalar that is trained on, and to the numbers of a report.
+
+Terms come as one value per sample; here alone they are weighted, masked and reduced.
+"""
+
+import math
+from collections.abc import Mapping
+
+import psutil
+import torch
+from torch import Tensor
+
+from skd_dist.contracts import LossTerms, Outputs
+from skd_dist.losses import feature_moments
+from skd_dist.meters import Meter
+from skd_dist.plan import StageSpec
+
+
+def masked_mean(terms: LossTerms, valid: Tensor) -> Tensor:
+    """Weighted sum of the terms, each averaged over the slots of the micro-batch; invalid slots count as zero.
+
+    The divisor is the number of slots, not of valid ones: students with unequal numbers of valid samples must still
+    weigh every sample alike when their gradients are averaged.
+    """
+    total = torch.zeros((), dtype=torch.float32, device=valid.device)
+    for name, term in terms.items():
+        assert term.per_sample.shape == valid.shape, (
+            f"{name} is not one value per sample: {tuple(term.per_sample.shape)}"
+        )
+        kept = torch.where(valid, term.per_sample, torch.zeros_like(term.per_sample))
+        total = total + term.weight * kept.sum() / valid.numel()
+    return total
+
+
+def no_loss(outputs: Outputs) -> Tensor:
+    """Zero, through everything that a loss of these outputs could move."""
+    return torch.stack([0 * output.float().sum() for output in outputs.values()]).sum()
+
+
+def add_variances(meter: Meter, stage: StageSpec, targets: Outputs, valid: Tensor) -> None:
+    """What is needed for the variance of each teacher feature that is compared, over the samples of this step."""
+    for name in dict.fromkeys(tap.teacher for tap in stage.taps):
+        mean, mean_square = feature_moments(targets[name])
+        meter.add_samples(f"_mean/{name}", mean, valid)
+        meter.add_samples(f"_mean_square/{name}", mean_square, valid)
+
+
+def with_nmse(values: Mapping[str, float], stage: StageSpec) -> dict[str, float]:
+    """Add `nmse/<group>` = MSE / variance of the teacher's feature; below 1 a stage has learned something."""
+    found = {name: value for name, value in values.items() if not name.startswith("_")}
+    for tap in stage.taps:
+        mse = values.get(f"feature_mse/{tap.teacher}")
+        if mse is not None:
+            variance = values[f"_mean_square/{tap.teacher}"] - values[f"_mean/{tap.teacher}"] ** 2
+            found[f"nmse/{tap.teacher}"] = mse / variance if variance > 0 else float("nan")
+    return found
+
+
+def mean_nmse(values: Mapping[str, float]) -> float | None:
+    """Mean over the taps of a report, whatever its prefix; None where the stage compares no features."""
+    found = [value for name, value in values.items() if "/nmse/" in name]
+    return sum(found) / len(found) if found else None
+
+
+def rates_over_students(
+    stats: Mapping[str, float], *, num_images: int, seconds: float, device: torch.device
+) -> dict[str, float]:
+    """`perf/...` of a reporting window. Rates are (amount, seconds) pairs summed over students. Collective."""
+    meter = Meter()
+    meter.add("perf/student_images_per_s", num_images, seconds)
+    meter.add("perf/teacher_wait_frac", stats.get("wait_s", 0.0), seconds)
+    meter.add("perf/data_wait_frac", stats["data_wait_s"], seconds)
+    meter.add("perf/teacher_images_per_s", stats.get("teacher_images", 0.0), stats.get("teacher_busy_s", 0.0))
+    meter.add("perf/link_mib_per_s", stats.get("bytes", 0.0) / 2**20, seconds)
+    meter.add("perf/host_mem_gib", psutil.Process().memory_info().rss / 2**30, 1)
+    if device.type == "cuda":
+        meter.add("perf/gpu_mem_gib", torch.cuda.max_memory_allocated(device) / 2**30, 1)
+    return {name: value for name, value in meter.reduce().items() if not math.isnan(value)}
