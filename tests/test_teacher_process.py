@@ -84,7 +84,7 @@ def test_exits_are_answered_as_in_this_process(teacher: TeacherProcess, order: L
     assert teacher.weights_digest == here.weights_digest and list(found) == list(asked)
     assert all(torch.equal(found[name], expected[name]) for name in asked)
     beside.unlink()
-    with pytest.raises(UserError, match="teacher test_resnet has no exits; got no file .*; train one with"):
+    with pytest.raises(UserError, match=r"teacher test_resnet has no exits; got no file .*; train one with"):
         teacher.load(with_exits)
     teacher.load(order)
     assert_answers_as(teacher, order)
