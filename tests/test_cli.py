@@ -56,7 +56,7 @@ def run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Run:
         (("--resume",), "--resume: no run in"),
         (
             ("--method", "mskd_oto", "--teacher-checkpoint", "TEACHER", "--no-allow-untrained-teacher"),
-            r"teacher skd_narrow_resnet26 has no exits; got no file .*exits\.safetensors; train one with",
+            r"teacher skd_narrow_resnet26 has no exits; got no file .*exits\.safetensors; train one with rec",
         ),
         (("--method", "mskd", "--teacher", "None"), "stage all needs a teacher; give --teacher$"),
         (("--method", "kd"), "unknown --method; got kd; expected skd, sskd, no_teacher"),

@@ -31,6 +31,7 @@ def finish(side: StudentSide) -> dict[str, Any]:
     return found
 
 
+NUM_STEPS, NUM_VAL_BATCHES = 6, 8
 FILES = ("exits.safetensors", "model.safetensors")
 
 
@@ -51,7 +52,6 @@ def prepare(folder: Path, method: str) -> Prepared:
         stage_duration="1steps",
         head_duration="1steps",
         lr=1e-2,
-        stage_weights="best",
         checkpoint_every="2steps",
         method=method,
         run_dir=folder / "run",
@@ -134,17 +134,18 @@ def test_a_run_resumed_after_its_last_stage_gives_the_same(
     for name in FILES:
         (run_dir / "student" / name).unlink()
     side = side_of(prepared, run_dir)
-    assert side.num_done == len(prepared.plan.stages) == 1
+    assert side.num_done == len(prepared.plan.stages) == 1 and prepared.plan.stages[0].num_steps == NUM_STEPS
     again = finish(side)
     assert {name: (run_dir / "student" / name).read_bytes() for name in FILES} == before
     assert again == summary
 
 
-@pytest.mark.parametrize("call", [20, 55])
+@pytest.mark.parametrize(("call", "step"), [(NUM_VAL_BATCHES + 3, 3), (NUM_VAL_BATCHES + NUM_STEPS + 3, NUM_STEPS)])
 def test_a_run_resumed_inside_the_stage_gives_the_same(
-    prepared: Prepared, finished: tuple[Path, dict[str, Any]], tmp_path: Path, call: int
+    prepared: Prepared, finished: tuple[Path, dict[str, Any]], tmp_path: Path, call: int, step: int
 ) -> None:
-    with pytest.raises(Preempted, match=r"^stopped after step [1-5]"):
+    """After three steps, and in the validation at its end; before that the teacher is measured, batch by batch."""
+    with pytest.raises(Preempted, match=rf"^stopped after step {step}$"):
         finish(side_of(prepared, tmp_path, stop_asked=at_call(call)))
     assert was_published(tmp_path)
     side = side_of(prepared, tmp_path)
