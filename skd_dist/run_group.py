@@ -51,9 +51,8 @@ class OpenRun:
     """A run that may begin: what all ranks have agreed on."""
 
     prepared: Prepared
-    teacher: Teacher | None
-    """Where this rank holds it."""
     note: TeacherNote | None
+    """Of its teacher, if it needs one."""
     run_key: str
     num_done: int
     point: FoundPoint | None
@@ -100,15 +99,15 @@ def run_group(
     Returns:
         On rank 0 the summary of each, elsewhere nothing.
     """
-    runs: list[OpenRun] = []
+    keys = [f"{key}-{number}" for number in range(len(configs))]
     try:
-        for number, config in enumerate(configs):
-            runs.append(_open_run(config, job, f"{key}-{number}", guards, worker, runs))
+        prepared = [_claim(config, job, own, guards) for config, own in zip(configs, keys, strict=True)]
+        teacher, note = load_teacher(job, prepared, key, worker)
+        runs = [_open(one, job, own, note) for one, own in zip(prepared, keys, strict=True)]
     except JobEnded as ended:
         guards.emergency.fail(str(ended))
         _remove_those_empty(job, configs)
         raise
-    teacher = next((run.teacher for run in runs if run.teacher is not None), None)
     displays = [RunDisplay(enabled=job.world.rank == 0, is_alone=len(configs) == 1) for _ in configs]
     found: list[dict[str, Any]] = [{} for _ in runs]
     if job.role == "teacher":
@@ -126,21 +125,19 @@ def run_group(
     return summaries
 
 
-def _open_run(
-    config: RunConfig, job: Job, key: str, guards: Guards, worker: TeacherProcess | None, before: Sequence[OpenRun]
-) -> OpenRun:
-    """Claim the directory of a run, prepare it, and have its teacher: that of the runs before it, if they have one."""
+def _claim(config: RunConfig, job: Job, key: str, guards: Guards) -> Prepared:
+    """Make the directory of a run this job's, and prepare the run."""
     check_shared_directory(job, config.run_dir)
     lock_directory(job, config, key, guards.emergency)
-    prepared = prepare_together(job, config, key)
-    had = next(((run.teacher, run.note) for run in before if run.note is not None), None)
-    teacher, note = load_teacher(job, prepared, key, worker) if had is None else had
-    if not prepared.plan.needs_teacher:
-        teacher, note = None, None
+    return prepare_together(job, config, key)
+
+
+def _open(prepared: Prepared, job: Job, key: str, note: TeacherNote | None) -> OpenRun:
+    """The run as it goes on; `note` is of the teacher, whether this run needs it or not."""
+    note = note if prepared.plan.needs_teacher else None
     run_key, num_done, point = open_record(job, prepared, note.digest if note else None, key)
     return OpenRun(
         prepared=keep_micro_batch_size(prepared, point),
-        teacher=teacher,
         note=note,
         run_key=run_key,
         num_done=num_done,

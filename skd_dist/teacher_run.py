@@ -40,17 +40,23 @@ class TeacherNote:
 
 
 def load_teacher(
-    job: Job, prepared: Prepared, key: str, worker: TeacherProcess | None
+    job: Job, runs: Sequence[Prepared], key: str, worker: TeacherProcess | None
 ) -> tuple[Teacher | None, TeacherNote | None]:
-    """The teacher on the ranks that hold one, and what all know of it.
+    """The teacher on the ranks that hold one, and what all know of it; nothing where no run needs one.
 
     The first rank of each node loads before the others, so that a download happens once per node.
+
+    Args:
+        runs: all that will ask it; but for their plans they name the same one.
     """
     roles, world = job.roles, job.world
     holders = roles.teacher_ranks or roles.student_ranks
     teacher: Teacher | None = None
-    if not prepared.plan.needs_teacher:
+    asking = [run for run in runs if run.plan.needs_teacher]
+    if not asking:
         return None, None
+    with agreed(job, f"{key}/teacher-needs"):
+        _check_exits(asking)
     node = world.rank // world.ranks_per_node
     first_of_node = next((rank for rank in holders if rank // world.ranks_per_node == node), None)
     for turn, mine in (
@@ -59,7 +65,7 @@ def load_teacher(
     ):
         with agreed(job, f"{key}/teacher-{turn}"):
             if mine:
-                teacher = _build_teacher(prepared, device_of(job), worker)
+                teacher = _build_teacher(asking, device_of(job), worker)
     digests = gather_text(job, f"{key}/teacher-digest", teacher.weights_digest if teacher else "")
     dtypes = gather_text(job, f"{key}/teacher-dtype", teacher.dtype_name if teacher else "")
     with agreed(job, f"{key}/teacher-same"):
@@ -82,8 +88,22 @@ def load_teacher(
     return teacher, TeacherNote(digest=digests[holders[0]], dtype=dtypes[holders[0]])
 
 
-def _build_teacher(prepared: Prepared, device: torch.device, worker: TeacherProcess | None) -> Teacher:
-    config, cut = prepared.config, prepared.models.teacher
+def _asks_exits(run: Prepared) -> bool:
+    return any(is_exit(name) for stage in run.plan.stages for name in stage.teacher_outputs)
+
+
+def _check_exits(runs: Sequence[Prepared]) -> None:
+    """A teacher with exits is another teacher, by its digest: a run alone could not continue what these began."""
+    if len({_asks_exits(run) for run in runs}) > 1:
+        raise UserError(
+            "of runs that share a teacher pass some ask for the teacher's exits and some do not",
+            got=", ".join(f"{run.config.name}: {run.config.method}" for run in runs),
+            do="give --share-teacher-pass False, or launch them apart",
+        )
+
+
+def _build_teacher(runs: Sequence[Prepared], device: torch.device, worker: TeacherProcess | None) -> Teacher:
+    config, cut = runs[0].config, runs[0].models.teacher
     assert cut is not None, "a plan that needs a teacher passed check_plan"
     order = Load(
         cut=cut,
@@ -93,8 +113,8 @@ def _build_teacher(prepared: Prepared, device: torch.device, worker: TeacherProc
         dtype=config.teacher_dtype,
         device=str(device),
         num_threads=torch.get_num_threads(),
-        exits=any(is_exit(name) for stage in prepared.plan.stages for name in stage.teacher_outputs),
-        can_attack=prepared.plan.attacks_teacher,
+        exits=_asks_exits(runs[0]),
+        can_attack=any(run.plan.attacks_teacher for run in runs),
     )
     if worker is None:
         return build_teacher(order)
