@@ -47,6 +47,7 @@ setup(
             "pytest-timeout>=2.3",
             "ruff>=0.14",
             "s3fs>=2025.3",
+            "torchdistill>=1.1.5",
         ],
         "hf": ["datasets>=4"],
     },
