@@ -28,7 +28,7 @@ from skd_dist.methods.multi_exit import LAST
 from skd_dist.methods.no_teacher import whole_budget
 from skd_dist.stage_loop import masked_mean
 
-ALONE = {"no_teacher", "teacher_training", "multi_exit", "teacher_training_exits"}
+ALONE = {"no_teacher", "teacher_training", "multi_exit", "teacher_training_exits", "dml", "one"}
 """Methods that need no teacher."""
 COMPARING = {"sp", "rkd", "bss"}
 """Methods that look at several samples at once."""
@@ -191,6 +191,8 @@ AT_ITS_TEACHER: dict[str, dict[str, str]] = {
     "bss": {"soft_cross_entropy": "entropy", "cross_entropy": "labels"},
     "mskd": {"distillation_kl": "last", "cross_entropy": "labels"},
     "mskd_oto": {"distillation_kl": "last", "cross_entropy": "labels"},
+    "dml": {"cross_entropy": "labels", "mutual_kl": "others"},
+    "one": {"cross_entropy": "labels", "ensemble_kl": "others"},
     "multi_exit": {"cross_entropy": "labels"},
     "teacher_training_exits": {"cross_entropy": "labels"},
     "skd,hinton": {"feature_mse": "zero", "distillation_kl": "zero", "cross_entropy": "labels"},
@@ -198,7 +200,8 @@ AT_ITS_TEACHER: dict[str, dict[str, str]] = {
 }
 """What each term is where the student is its teacher. zero: exactly that, up to rounding, at every sample. regressor:
 zero once the fresh regressor in between is taken out. last: at the network's own head, not at fresh exits. entropy:
-that of the teacher's probabilities, the least there is. labels: the teacher does not come in."""
+that of the teacher's probabilities, the least there is. others: what trains along is no copy. labels: no
+teacher comes in."""
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -219,7 +222,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_it(name: str, f
             expected = AT_ITS_TEACHER[name][kind]
             if expected in ("labels", "entropy"):
                 assert (term.per_sample > 0.01).all()
-            elif expected == "last" and not key.endswith(f"/{LAST}"):
+            elif expected == "others" or (expected == "last" and not key.endswith(f"/{LAST}")):
                 assert (term.per_sample > 1e-6).all()
             else:
                 assert term.per_sample.abs().max() <= 1e-10

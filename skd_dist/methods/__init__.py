@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from skd_dist.contracts import Method
 from skd_dist.methods.at import AttentionTransfer
 from skd_dist.methods.bss import Bss
+from skd_dist.methods.dml import Dml
 from skd_dist.methods.fitnet import FitNet
 from skd_dist.methods.fsp import Fsp
 from skd_dist.methods.hint_two_phase import HintTwoPhase
@@ -17,6 +18,7 @@ from skd_dist.methods.lookup import look_up, method_identity
 from skd_dist.methods.mskd import Mskd
 from skd_dist.methods.multi_exit import MultiExit
 from skd_dist.methods.no_teacher import NoTeacher
+from skd_dist.methods.one import One
 from skd_dist.methods.rkd import RelationalKd
 from skd_dist.methods.simultaneous import Simultaneous
 from skd_dist.methods.skd import Skd
@@ -38,6 +40,8 @@ _ALL: tuple[Method, ...] = (
     SimilarityPreserving(),
     RelationalKd(),
     Bss(),
+    Dml(),
+    One(),
     NoTeacher(name="teacher_training", equal_budget=False),
     Mskd(),
     Mskd(name="mskd_oto", one_to_one=True),

@@ -189,6 +189,54 @@ def one_process(runs: Path, pack_noise: PackNoise) -> Path:
     return runs
 
 
+METHODS_APART: dict[str, dict[str, Any]] = {
+    "sskd": {"method": "sskd"},
+    "hint_two_phase": {"method": "hint_two_phase"},
+    "hinton": {"method": "hinton"},
+    "fitnet": {"method": "fitnet", "method_options": "two_phase=true"},
+    "at": {"method": "at"},
+    "fsp": {"method": "fsp"},
+    "sp": {"method": "sp"},
+    "rkd": {"method": "rkd"},
+    "bss": {"method": "bss"},
+    "mskd": {"method": "mskd"},
+    "mskd_oto": {"method": "mskd_oto"},
+    "skd-hinton": {"method": "skd,hinton"},
+}
+"""Methods whose teacher can be on a rank of its own."""
+METHODS_ALONE = {name: {"method": name} for name in ("multi_exit", "dml", "one")}
+"""Methods with companions and without a teacher."""
+METHODS_UNDER_ZERO = ("fitnet", "rkd", "bss", "mskd", "multi_exit", "dml", "one")
+"""Methods that bring a module of their own, compare samples, or run the student twice."""
+
+
+@pytest.fixture(scope="session")
+def methods_inline(runs: Path) -> Path:
+    """One student, every method, plain torch; and some under ZeRO 2 and 3."""
+    methods = METHODS_APART | METHODS_ALONE
+    zero3 = _in_float32(runs, "zero3")
+    cases = [STEADY | {"name": f"method-{name}", "deepspeed_config": "none", **case} for name, case in methods.items()]
+    cases += [
+        STEADY | {"name": f"{zero}-{name}", "deepspeed_config": config, **methods[name]}
+        for zero, config in (("zero2", "cpu"), ("zero3", zero3))
+        for name in METHODS_UNDER_ZERO
+    ]
+    done = launch_cases(runs, [{**case, "teacher_ranks": 0} for case in cases], ranks=1, name="methods")
+    _must_end(done, runs, cases, last="finished")
+    return runs
+
+
+@pytest.fixture(scope="session")
+def methods_apart(runs: Path) -> Path:
+    """One student and one teacher rank, every method that has a teacher."""
+    cases = [
+        STEADY | {"name": f"apart-{name}", "deepspeed_config": "none", "teacher_ranks": 1, **case}
+        for name, case in METHODS_APART.items()
+    ]
+    _must_end(launch_cases(runs, cases, ranks=2, name="methods-apart"), runs, cases, last="finished")
+    return runs
+
+
 @pytest.fixture(scope="session")
 def converted(two_students: Path) -> str:
     """What tools/checkpoint.py says when `moved` is made ready for any number of students."""
