@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from skd_dist.config import RunConfig, parse_flags
+from skd_dist.config import Config, RunConfig, parse_flags
 from skd_dist.dry_run import describe_runs
 from skd_dist.errors import EXIT_USER_ERROR, UserError
 from skd_dist.job.consensus import print_error
@@ -20,24 +20,24 @@ from skd_dist.job.launcher_env import read_world
 from skd_dist.roles import World
 from skd_dist.runner import check_runs, run_all
 
-Expand = Callable[[RunConfig], Sequence[RunConfig]]
-
 
 def main(
-    config: RunConfig,
+    config: Config,
     *,
     description: str,
-    toy: Callable[[RunConfig], RunConfig],
-    expand: Expand = lambda config: (config,),
+    toy: Callable[[Config], Config],
+    expand: Callable[[Config], Sequence[RunConfig]] = lambda config: (config,),
+    at_end: Callable[[Config], None] = lambda config: None,
     argv: Sequence[str] | None = None,
 ) -> None:
     """Run a recipe and exit.
 
     Args:
-        config: the recipe's defaults.
+        config: the recipe's defaults; of a class of the recipe's own, where it has flags of its own.
         description: the recipe's docstring, shown by --help.
         toy: shrinks the defaults to seconds where --toy is given; flags still win over it.
-        expand: the runs of this launch, from the parsed configuration.
+        expand: the runs of this launch, from the parsed configuration; none, where all is done already.
+        at_end: called by rank 0 with the parsed configuration once all runs have finished.
         argv: the command line without the program; default sys.argv.
     """
     arguments = _without_launcher_flags(sys.argv[1:] if argv is None else argv)
@@ -46,9 +46,10 @@ def main(
         world = read_world(os.environ)
         rank = world.rank
         default = toy(config) if "--toy" in arguments else config
-        runs = expand(_parse_once(arguments, default=default, description=description, world=world))
+        parsed = _parse_once(arguments, default=default, description=description, world=world)
+        runs = expand(parsed)
         check_runs(runs, world=world)
-        if runs[0].dry_run:
+        if parsed.dry_run:
             if rank == 0:
                 print(describe_runs(runs, world=world), flush=True)
             sys.exit(0)
@@ -56,7 +57,13 @@ def main(
         if rank == 0:
             print_error(error.line)
         sys.exit(EXIT_USER_ERROR)
-    exit_code = run_all(runs, world=world)
+    exit_code = run_all(runs, world=world) if runs else 0
+    if rank == 0 and exit_code == 0:
+        try:
+            at_end(parsed)
+        except UserError as error:
+            print_error(error.line)
+            exit_code = EXIT_USER_ERROR
     if exit_code and world.world_size > 1:
         _leave_at_once(exit_code)
     sys.exit(exit_code)
@@ -74,7 +81,7 @@ def _without_launcher_flags(arguments: Sequence[str]) -> list[str]:
     return [argument for argument in arguments if not argument.startswith(("--local_rank=", "--local-rank="))]
 
 
-def _parse_once(arguments: Sequence[str], *, default: RunConfig, description: str, world: World) -> RunConfig:
+def _parse_once(arguments: Sequence[str], *, default: Config, description: str, world: World) -> Config:
     """Parse on every rank, but let only rank 0 print help and complaints."""
     silent = io.StringIO()
     with contextlib.ExitStack() as stack:

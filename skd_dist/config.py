@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import tyro
 
@@ -302,9 +302,13 @@ def _check_range(flag: str, value: int, *, low: int) -> None:
         raise UserError(f"{flag} cannot be used", got=value, expected=f"{low} or more")
 
 
-def parse_flags(argv: Sequence[str], *, default: RunConfig, description: str) -> RunConfig:
+Config = TypeVar("Config", bound=RunConfig)
+"""A recipe's configuration: a RunConfig, or one with fields, and so flags, of the recipe's own."""
+
+
+def parse_flags(argv: Sequence[str], *, default: Config, description: str) -> Config:
     """The recipe's configuration with the flags of the command line in place.
 
     Exits with code 2 after one message where the flags cannot be read (the way of the command-line library).
     """
-    return tyro.cli(RunConfig, args=list(argv), default=default, description=description)
+    return tyro.cli(type(default), args=list(argv), default=default, description=description)

@@ -178,8 +178,8 @@ def summary_table(summaries: Sequence[Mapping[str, Any]]) -> Table:
     """One row per run, and mean +- standard deviation over the seeds wherever there are several.
 
     Args:
-        summaries: contents of summary.json files. Runs of one method, student and fraction form a group; groups stand
-            in the order of their first run.
+        summaries: contents of summary.json files. Runs of one method, student, fraction and choice of samples form a
+            group; groups stand in the order of their first run.
     """
     table = Table(title="runs")
     for name in ("method", "student"):
@@ -230,7 +230,8 @@ def _shown(values: Mapping[str, float]) -> Iterator[str]:
 def _groups(summaries: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
     groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for summary in summaries:
-        groups.setdefault(_names(summary), []).append(summary)
+        # Runs of one fraction may differ in label noise or imbalance: then their samples have another digest.
+        groups.setdefault((*_names(summary), summary.get("data_digest", "")), []).append(summary)
     return list(groups.values())
 
 

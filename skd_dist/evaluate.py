@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from skd_dist.contracts import Batch, Method, Outputs
 from skd_dist.link.ask_ahead import AskAhead
 from skd_dist.losses import cross_entropy
-from skd_dist.meters import Meter
+from skd_dist.meters import ClassCounts, Meter
 from skd_dist.plan import LOGITS, StageSpec
 from skd_dist.stage_loop import add_variances, to_device, with_nmse
 
@@ -35,18 +35,21 @@ def evaluate_logits(
     device: torch.device,
     after_batch: AfterBatch = go_on,
 ) -> dict[str, float]:
-    """Top-1 accuracy and cross-entropy over a split.
+    """Top-1 accuracy, that of the class that fares worst, and cross-entropy over a split.
 
     Returns:
-        `top1_frac` (0..1) and `cross_entropy`, equal on all students. Collective.
+        `top1_frac` (0..1), `cross_entropy` and `worst_class_recall_frac` (0..1, of the classes that the split has),
+        equal on all students. Collective.
     """
-    meter = Meter()
+    meter, classes = Meter(), ClassCounts()
     for cpu_batch, targets in stream:
         with torch.inference_mode():
             batch = to_device(cpu_batch, device)
-            _add_classification(meter, predict(batch, targets), batch)
+            logits = predict(batch, targets)
+            _add_classification(meter, logits, batch)
+            classes.add(logits, batch.labels, batch.valid)
         after_batch()
-    return meter.reduce()
+    return {**meter.reduce(), "worst_class_recall_frac": classes.reduce_to_worst_recall()}
 
 
 def evaluate_stage(

@@ -65,3 +65,24 @@ class Meter:
             name: float(total / count) if count else float("nan")
             for name, (total, count) in zip(totals, summed, strict=True)
         }
+
+
+class ClassCounts:
+    """How many samples each class has and how many of them are recognised; counts stay on their device until read."""
+
+    def __init__(self) -> None:
+        self._counts: Tensor | None = None
+
+    def add(self, logits: Tensor, labels: Tensor, valid: Tensor) -> None:
+        """Add the valid ones of N samples: logits [N, K], labels int64 [N] in 0..K-1. No host synchronisation."""
+        if self._counts is None:
+            self._counts = torch.zeros(2, logits.shape[1], dtype=torch.float64, device=logits.device)
+        right = (logits.argmax(1) == labels) & valid
+        self._counts.index_add_(1, labels, torch.stack([valid, right]).double())
+
+    def reduce_to_worst_recall(self) -> float:
+        """Lowest share of a class's samples, over all students, that are recognised; NaN without any. Collective."""
+        if self._counts is None:
+            return float("nan")  # on every student: all see equally many batches
+        num, right = sum_over_students(self._counts.cpu().reshape(-1)).reshape(2, -1)
+        return float((right[num > 0] / num[num > 0]).min()) if bool((num > 0).any()) else float("nan")

@@ -250,6 +250,8 @@ def _summary(prepared: Prepared, found: dict[str, Any], digest: str | None, trac
         "seed": config.seed,
         "num_train_samples": len(prepared.splits.train_ids),
         "data_digest": prepared.splits.digest,
+        "val_digest": prepared.splits.val_digest,
+        "test_digest": prepared.splits.test.digest if prepared.splits.test else None,
         "label_noise_frac": prepared.splits.selection.label_noise_frac,
         "plan_digest": prepared.plan.digest(),
         "teacher": {"name": config.teacher, "digest": digest, "top1_frac": found.pop("teacher_top1_frac")},

@@ -2,10 +2,10 @@
 
 import dataclasses
 
-from skd_dist.config import RunConfig
+from skd_dist.config import Config
 
 
-def toy(config: RunConfig) -> RunConfig:
+def toy(config: Config) -> Config:
     """The recipe shrunk; method, run directory and everything not named here stay as they are."""
     return dataclasses.replace(
         config,

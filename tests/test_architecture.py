@@ -21,7 +21,18 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 CONTRACTS = PYPROJECT["tool"]["importlinter"]["contracts"]
 
 FLOOR_0 = ("plan", "contracts", "duration", "roles", "errors", "fault_points", "lifeline")
-DOORS = ("timm", "webdataset", "fsspec", "simplejpeg", "deepspeed", "accelerate", "mlflow", "pyarrow", "datasets")
+DOORS = (
+    "timm",
+    "webdataset",
+    "fsspec",
+    "simplejpeg",
+    "deepspeed",
+    "accelerate",
+    "mlflow",
+    "pyarrow",
+    "datasets",
+    "matplotlib",
+)
 """Libraries that recipes and tools reach through the package only."""
 COMPARED = {("tools/bench_data_ways.py", "webdataset"), ("tools/bench_data_decoders.py", "simplejpeg")}
 """But a benchmark must use what it compares the package with."""

@@ -33,6 +33,18 @@ def test_accuracy_counts_valid_samples_once() -> None:
     assert found["cross_entropy"] == pytest.approx(float(2 * right + 2 * wrong) / 4, rel=1e-6)
 
 
+def test_the_worst_class_is_that_of_a_naive_count() -> None:
+    labels = [0, 0, 0, 1, 1, 2, 2, 2, 2, 4]
+    said = [0, 0, 1, 1, 1, 2, 0, 0, 0, 0]  # class 3 has no sample, class 4 only one that does not count
+    valid = [True] * 9 + [False]
+    logits = torch.eye(5)[torch.tensor(said)]
+    batches = [batch_of(labels[part], valid[part]) for part in (slice(0, 6), slice(6, 10))]
+    answers = iter([logits[:6], logits[6:]])
+    found = evaluate_logits(lambda *_: next(answers), stream=((batch, {}) for batch in batches), device=CPU)
+    assert found["worst_class_recall_frac"] == 1 / 4
+    assert set(found) == {"top1_frac", "cross_entropy", "worst_class_recall_frac"}
+
+
 class Doubles(nn.Module):
     """Twice the image as the feature, in whatever mode; records the mode."""
 

@@ -9,7 +9,7 @@ logged, and when, is the loop's business.
 from skd_dist.tracking.journal import FILE as JOURNAL_FILE
 from skd_dist.tracking.journal import Event, Journal, read_events
 from skd_dist.tracking.null_tracker import NullTracker
-from skd_dist.tracking.opening import open_tracker, open_writer
+from skd_dist.tracking.opening import import_mlflow, open_tracker, open_writer
 from skd_dist.tracking.protocol import DatasetNote, RunTracker, Status
 from skd_dist.tracking.replica import known_runs
 from skd_dist.tracking.store import TrackingStore, resolve_experiment, resolve_tracking_uri
@@ -23,6 +23,7 @@ __all__ = [
     "RunTracker",
     "Status",
     "TrackingStore",
+    "import_mlflow",
     "known_runs",
     "open_tracker",
     "open_writer",

@@ -1,0 +1,115 @@
+"""The comparison as a Markdown table; only columns in which there is something."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from skd_dist.comparison.runs import Measure
+from skd_dist.comparison.statistics import NUM_RESAMPLES, Row
+
+_NOTHING = "-"
+
+
+@dataclass(frozen=True, slots=True)
+class _Column:
+    title: str
+    text: Callable[[Row], str]
+    always: bool = False
+    is_number: bool = True
+
+
+def markdown_table(
+    rows: Sequence[Row], *, measure: Measure, baseline: str, others: Sequence[str] = (), unfinished: Sequence[str] = ()
+) -> str:
+    """The rows with a header, and below them what a reader must know.
+
+    Args:
+        others: names of the fields in `Cell.others`.
+        unfinished: places of runs that were left out.
+    """
+    columns = [
+        column
+        for column in _columns(measure, baseline, others)
+        if column.always or any(column.text(row) != _NOTHING for row in rows)
+    ]
+    lines = [
+        _line([column.title for column in columns]),
+        _line(["---:" if column.is_number else "---" for column in columns]),
+        *(_line([column.text(row) for column in columns]) for row in rows),
+    ]
+    return "\n".join([*lines, "", *_notes(rows, measure, baseline, unfinished)]) + "\n"
+
+
+def _columns(measure: Measure, baseline: str, others: Sequence[str]) -> list[_Column]:
+    score = " or ".join(name.removesuffix("_frac") for name in measure.names)
+    return [
+        _Column("method", lambda row: row.cell.method, always=True, is_number=False),
+        _Column("student", lambda row: row.cell.student, always=True, is_number=False),
+        _Column("teacher", lambda row: row.cell.teacher or _NOTHING, is_number=False),
+        _Column("fraction", lambda row: f"{row.cell.fraction:g}", always=True),
+        _Column("label noise", lambda row: row.cell.label_noise or _NOTHING, is_number=False),
+        _Column("imbalance", lambda row: row.cell.imbalance or _NOTHING, is_number=False),
+        *(
+            _Column(name, lambda row, at=index: row.cell.others[at] or _NOTHING, is_number=False)  # type: ignore[misc]
+            for index, name in enumerate(others)
+        ),
+        _Column("seeds", lambda row: str(len(row.seeds)), always=True),
+        _Column(f"{measure.split} {score}, %", _score, always=True),
+        _Column(f"minus {baseline}, points", _difference),
+        _Column("95 % interval", _interval),
+        _Column("worst class, %", lambda row: _percent(row.worst_class_recall_frac)),
+        _Column("steps", lambda row: " to ".join(map(str, _ends(row.num_steps))), always=True),
+        _Column("its teacher, %", _teacher),
+        _Column("gap closed", lambda row: _NOTHING if row.gap_ratio is None else f"{row.gap_ratio:.2f}"),
+    ]
+
+
+def _score(row: Row) -> str:
+    spread = "" if row.std_frac is None else f" ± {100 * row.std_frac:.2f}"
+    return f"{100 * row.mean_frac:.2f}{spread}"
+
+
+def _difference(row: Row) -> str:
+    if row.difference_frac is None:
+        return _NOTHING
+    of = "" if row.num_paired == len(row.seeds) else f" ({row.num_paired} seeds)"
+    return f"{100 * row.difference_frac:+.2f}{of}"
+
+
+def _interval(row: Row) -> str:
+    return _NOTHING if row.interval_frac is None else " to ".join(f"{100 * end:+.2f}" for end in row.interval_frac)
+
+
+def _teacher(row: Row) -> str:
+    return _percent(row.teacher_top1_frac) + (" (sample)" if row.teacher_was_sampled else "")
+
+
+def _notes(rows: Sequence[Row], measure: Measure, baseline: str, unfinished: Sequence[str]) -> list[str]:
+    notes = ["Mean ± standard deviation of the sample over seeds."]
+    if any(row.interval_frac for row in rows):
+        notes.append(
+            f"Differences are of the same seed. Interval: percentile bootstrap of the mean difference, {NUM_RESAMPLES} "
+            "resamples; with three seeds it is no more than the range of the differences."
+        )
+    if not any(row.cell.method == baseline for row in rows):
+        notes.append(f"There is no run of {baseline} to compare with.")
+    if any(row.gap_ratio is not None for row in rows):
+        notes.append(f"Gap closed: (run - {baseline}) / (teacher - {baseline}).")
+    if any(row.teacher_was_sampled for row in rows):
+        notes.append("(sample): the teacher's own run is not among these; measured on up to 1024 validation images.")
+    if measure.split == "val":
+        notes.append("Validation images: not all of these runs were measured on test images, or val was asked for.")
+    if unfinished:
+        notes.append(f"Left out, for they have not finished: {', '.join(unfinished)}.")
+    return notes
+
+
+def _ends(values: Sequence[int]) -> list[int]:
+    return sorted({min(values), max(values)})
+
+
+def _percent(share: float | None) -> str:
+    return _NOTHING if share is None else f"{100 * share:.2f}"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"

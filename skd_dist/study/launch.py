@@ -1,0 +1,50 @@
+"""A study as a recipe: flags, runs, and at the end the table of all finished cells."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from skd_dist.cli import main
+from skd_dist.comparison import Measure, choose_split, compare, markdown_table, read_directories, to_runs
+from skd_dist.config import RunConfig
+from skd_dist.data.atomic import atomic_file
+from skd_dist.study.cells import cells_of
+from skd_dist.study.config import StudyConfig, toy_study
+from skd_dist.study.resume import what_is_left
+
+TABLE = "study.md"
+
+
+def run_study(config: StudyConfig, *, description: str, argv: Sequence[str] | None = None) -> None:
+    """Run a study and exit; the table is printed and written to RUN/study.md.
+
+    Args:
+        config: the recipe's defaults.
+        description: the recipe's docstring, shown by --help.
+        argv: the command line without the program; default sys.argv.
+    """
+    main(config, description=description, toy=toy_study, expand=runs_of, at_end=write_table, argv=argv)
+
+
+def runs_of(study: StudyConfig) -> Sequence[RunConfig]:
+    """The runs of this launch."""
+    return what_is_left(cells_of(study))
+
+
+def write_table(study: StudyConfig) -> None:
+    """Compare all runs in the study's directory, also those of earlier launches.
+
+    Raises:
+        UserError: they cannot be compared.
+    """
+    table = table_of([study.run_dir], baseline=study.baseline)
+    with atomic_file(study.run_dir / TABLE) as temporary:
+        temporary.write_text(table)
+    print(f"\n{table}", flush=True)
+
+
+def table_of(paths: Sequence[Path], *, baseline: str) -> str:
+    """The table of the runs in these directories."""
+    found = read_directories(paths)
+    measure = Measure(split=choose_split(found.records))
+    rows = compare(to_runs(found.records, measure), baseline=baseline)
+    return markdown_table(rows, measure=measure, baseline=baseline, unfinished=found.unfinished)

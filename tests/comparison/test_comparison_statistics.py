@@ -1,0 +1,107 @@
+"""Means, spreads, differences, intervals and gaps against numbers worked out by hand."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+from skd_dist.comparison import Measure, Record, Row, bootstrap_interval, compare, markdown_table, to_runs
+from skd_dist.errors import UserError
+from tests.finished_runs import ALONE, config, summary
+
+TEST = Measure(split="test")
+TEACHER = {"method": "teacher_training", "teacher": None, "student": {"name": "big"}, "fraction": 1.0}
+
+
+def rows_of(*summaries: dict[str, object], baseline: str = "no_teacher") -> list[Row]:
+    records = [Record(place=str(at), config=config(), summary=found) for at, found in enumerate(summaries)]
+    return compare(to_runs(records, TEST), baseline=baseline)
+
+
+THREE_PAIRS = [
+    *(summary(seed=seed, top1=top1) for seed, top1 in ((0, 0.80), (1, 0.84), (2, 0.88))),
+    *(summary(seed=seed, top1=top1, **ALONE) for seed, top1 in ((0, 0.70), (1, 0.80), (2, 0.75))),
+]
+
+
+def test_numbers_by_hand() -> None:
+    alone, skd = rows_of(*THREE_PAIRS)
+    assert (alone.cell.method, skd.cell.method) == ("no_teacher", "skd")
+    assert skd.seeds == (0, 1, 2) and skd.num_paired == 3
+    assert skd.mean_frac == pytest.approx(0.84)
+    assert skd.std_frac == pytest.approx(0.04)  # sqrt((0.04^2 + 0 + 0.04^2) / 2)
+    assert skd.difference_frac == pytest.approx((0.10 + 0.04 + 0.13) / 3)
+    assert skd.interval_frac == pytest.approx((0.04, 0.13))  # one resample in 27 has the lowest value three times
+    assert skd.worst_class_recall_frac == pytest.approx(0.42)
+    assert skd.num_steps == (30,)
+    assert (alone.difference_frac, alone.interval_frac, alone.num_paired) == (None, None, 0)
+    # The teacher's own run is not there: its validation sample.
+    assert skd.teacher_top1_frac == pytest.approx(0.95) and skd.teacher_was_sampled
+    assert skd.gap_ratio == pytest.approx((0.84 - 0.75) / (0.95 - 0.75))
+
+
+def test_the_interval_is_that_of_all_resamples() -> None:
+    values = np.array([0.0, 0.1, 0.4, 0.9, 1.0])
+    means = [values[list(picks)].mean() for picks in product(range(5), repeat=5)]
+    expected = np.percentile(means, [2.5, 97.5])
+    assert bootstrap_interval(values) == pytest.approx(tuple(expected), abs=0.03)
+    assert bootstrap_interval(values) == bootstrap_interval(values)
+    assert bootstrap_interval([0.25, 0.25]) == (0.25, 0.25)
+
+
+def test_a_teacher_that_was_trained_here_is_measured_on_the_same_images() -> None:
+    teacher = summary(**TEACHER, top1=0.9, weights_digest="T")
+    *_, skd = (row for row in rows_of(*THREE_PAIRS, teacher) if row.cell.method == "skd")
+    assert (skd.teacher_top1_frac, skd.teacher_was_sampled) == (0.9, False)
+    assert skd.gap_ratio == pytest.approx(0.09 / 0.15)
+
+
+def test_a_teacher_below_the_baseline_leaves_no_gap() -> None:
+    teacher = summary(**TEACHER, top1=0.6, weights_digest="T")
+    assert [row.gap_ratio for row in rows_of(*THREE_PAIRS, teacher)] == [None, None, None]
+
+
+def test_only_seeds_that_both_have_are_paired() -> None:
+    _, skd = rows_of(*THREE_PAIRS[:3], THREE_PAIRS[4])
+    assert (skd.num_paired, skd.difference_frac, skd.interval_frac) == (1, pytest.approx(0.04), None)
+    (only,) = rows_of(summary())
+    assert (only.std_frac, only.difference_frac, only.gap_ratio) == (None, None, None)
+
+
+def test_a_baseline_with_a_teacher_is_paired_with_the_same_teacher() -> None:
+    other = {"name": "other", "digest": "O", "top1_frac": 0.9}
+    runs = [
+        summary(top1=0.9),
+        summary(top1=0.8, teacher=other),
+        summary(method="hinton", top1=0.7),
+        summary(method="hinton", top1=0.5, teacher=other),
+    ]
+    found = {(row.cell.method, row.cell.teacher): row.difference_frac for row in rows_of(*runs, baseline="hinton")}
+    assert found[("skd", "big")] == pytest.approx(0.2) and found[("skd", "other")] == pytest.approx(0.3)
+
+
+def test_different_training_samples_are_no_pair() -> None:
+    with pytest.raises(UserError, match="trained on different samples, so that they are no pair; got 1 and 0"):
+        rows_of(summary(), summary(**ALONE, data_digest="other"))
+
+
+def test_the_table() -> None:
+    rows = rows_of(*THREE_PAIRS)
+    table = markdown_table(rows, measure=TEST, baseline="no_teacher", unfinished=["runs/x"])
+    lines = table.splitlines()
+    assert [cell.strip() for cell in lines[0].strip("|").split("|")] == [
+        *("method", "student", "teacher", "fraction", "seeds", "test top1, %", "minus no_teacher, points"),
+        *("95 % interval", "worst class, %", "steps", "its teacher, %", "gap closed"),
+    ]
+    assert lines[3] == (
+        "| skd | small | big | 0.1 | 3 | 84.00 ± 4.00 | +9.00 | +4.00 to +13.00 | 42.00 | 30 | 95.00 (sample) | 0.45 |"
+    )
+    assert lines[2] == "| no_teacher | small | - | 0.1 | 3 | 75.00 ± 5.00 | - | - | 37.50 | 30 | - | - |"
+    assert "Left out, for they have not finished: runs/x." in lines
+    assert len({line.count("|") for line in lines[:4]}) == 1
+
+
+def test_a_table_without_the_baseline_says_so() -> None:
+    table = markdown_table(rows_of(summary()), measure=TEST, baseline="no_teacher")
+    assert "There is no run of no_teacher to compare with." in table
+    assert "minus" not in table

@@ -1,0 +1,140 @@
+"""A study's flags, what is left of it, and its table."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from recipes.kd_study import config as kd_study
+from skd_dist.config import RunConfig, parse_flags
+from skd_dist.errors import UserError
+from skd_dist.study import StudyConfig, cells_of, run_study
+from skd_dist.study.launch import write_table
+from skd_dist.study.resume import what_is_left
+from tests.finished_runs import ALONE, summary, write_run
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> StudyConfig:
+    return dataclasses.replace(
+        kd_study(),
+        methods=("skd", "no_teacher"),
+        fractions=(0.1,),
+        seeds=(0, 1),
+        run_dir=tmp_path,
+        resume_or_start=True,
+    )
+
+
+def run(cell: RunConfig, *, status: str | None = "finished") -> None:
+    """What a run leaves; None: it has only begun."""
+    cell.run_dir.mkdir()
+    (cell.run_dir / "config.json").write_text(json.dumps({"config": cell.to_json()}))
+    if status is not None:
+        (cell.run_dir / "summary.json").write_text(json.dumps({"status": status}))
+
+
+def numbers(cells: Sequence[RunConfig], left: Sequence[RunConfig]) -> list[int]:
+    names = [cell.name for cell in cells]
+    return [names.index(cell.name) for cell in left]
+
+
+def test_flags_of_its_own_beside_those_of_a_run() -> None:
+    flags = ["--methods", "skd", "no_teacher", "--seeds", "3", "4", "--budget", "published", "--lr", "0.5"]
+    flags += ["--label-noises", "none", "symmetric:0.2"]
+    parsed = parse_flags(flags, default=kd_study(), description="")
+    assert type(parsed) is StudyConfig
+    assert (parsed.methods, parsed.seeds, parsed.lr) == (("skd", "no_teacher"), (3, 4), 0.5)
+    assert (parsed.label_noises, parsed.budget) == (("none", "symmetric:0.2"), "published")
+
+
+@pytest.mark.parametrize("flag", ["--method", "--student", "--teacher", "--fraction", "--label-noise", "--imbalance"])
+def test_what_the_grid_sets_is_no_flag(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_flags([flag, "x"], default=kd_study(), description="")
+    assert ended.value.code == 2
+    assert flag in capsys.readouterr().err
+
+
+def test_finished_cells_are_left_alone_begun_ones_go_on_and_others_start(study: StudyConfig) -> None:
+    cells = cells_of(study)
+    run(cells[0])
+    run(cells[1])
+    run(cells[2], status="failed")
+    run(cells[3], status=None)
+    left = what_is_left(cells)
+    assert numbers(cells, left) == [2, 3, 4]
+    assert all(cell.resume_or_start and not cell.resume for cell in left)
+
+
+def test_resume_does_the_same_but_not_from_nothing(study: StudyConfig) -> None:
+    cells = cells_of(dataclasses.replace(study, resume=True, resume_or_start=False))
+    assert what_is_left(cells) == cells and all(cell.resume for cell in cells)
+    run(cells[0])
+    left = what_is_left(cells)
+    assert numbers(cells, left) == [1, 2, 3, 4]
+    assert all(cell.resume_or_start and not cell.resume for cell in left)
+
+
+def test_without_either_flag_the_runner_decides(study: StudyConfig) -> None:
+    cells = cells_of(dataclasses.replace(study, resume_or_start=False))
+    run(cells[0])
+    assert what_is_left(cells) == cells
+
+
+def test_a_student_whose_teacher_must_be_trained_again_is_not_done(study: StudyConfig) -> None:
+    cells = cells_of(study)
+    for cell in cells[1:]:
+        run(cell)
+    assert numbers(cells, what_is_left(cells)) == [0, 1, 3]
+
+
+def test_a_grid_may_grow(study: StudyConfig) -> None:
+    for cell in cells_of(study):
+        run(cell)
+    more = cells_of(dataclasses.replace(study, seeds=(0, 1, 2), methods=("skd", "simultaneous", "no_teacher")))
+    assert len(what_is_left(more)) == 2 + 3
+
+
+def test_a_finished_cell_with_other_settings(study: StudyConfig) -> None:
+    for cell in cells_of(study):
+        run(cell)
+    assert what_is_left(cells_of(dataclasses.replace(study, num_workers=3, train_shards="moved"))) == []
+    with pytest.raises(UserError, match=r"teacher-skd_narrow_resnet26 holds another run; got lr 0.01 -> 0.5; give the"):
+        what_is_left(cells_of(dataclasses.replace(study, lr=0.5)))
+
+
+def test_the_table_is_of_all_finished_cells(study: StudyConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in (0, 1):
+        write_run(study.run_dir / f"skd-{seed}", summary(seed=seed, top1=0.8))
+        write_run(study.run_dir / f"alone-{seed}", summary(seed=seed, top1=0.7, **ALONE))
+    write_table(study)
+    text = (study.run_dir / "study.md").read_text()
+    assert "| skd | small | big | 0.1 | 2 | 80.00 ± 0.00 | +10.00 | +10.00 to +10.00 |" in text
+    assert text in capsys.readouterr().out
+
+
+def launch(study: StudyConfig, *flags: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        run_study(study, description="", argv=flags)
+    return int(str(ended.value.code))
+
+
+def test_a_study_that_is_done_shows_its_table(study: StudyConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    for cell in cells_of(study):
+        changes = {"method": cell.method, "seed": cell.seed, "student": {"name": cell.student}}
+        found = summary(**changes)
+        write_run(cell.run_dir, found)
+        (cell.run_dir / "config.json").write_text(json.dumps({"config": cell.to_json()}))
+    assert launch(study) == 0
+    assert "| skd | skd_narrow_resnet10 |" in capsys.readouterr().out
+
+
+def test_bad_flags_are_one_line(study: StudyConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch(study, "--seeds", "0", "0") == 2
+    assert capsys.readouterr().err.strip() == "skd_dist: --seeds names a value twice; got 0 0"
+    assert launch(study, "--methods", "kd") == 2
+    assert "unknown --method; got kd; expected skd" in capsys.readouterr().err
+    assert list(study.run_dir.iterdir()) == []
