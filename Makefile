@@ -12,11 +12,14 @@ DEMO := runs/demo
 
 env: $(STAMP)
 
+# Where Python may write no byte code, importing torch would take a minute each time.
+COMPILE := $(if $(PYTHONDONTWRITEBYTECODE),--compile-bytecode)
+
 $(STAMP): requirements.lock setup.py
 	@command -v $(PYTHON) >/dev/null || { echo "make env: $(PYTHON) not found; set PYTHON=/path/to/python (3.11 or newer)"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.8
-	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --require-hashes -r requirements.lock
+	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --require-hashes $(COMPILE) -r requirements.lock
 	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --no-deps --editable .
 	touch $(STAMP)
 
