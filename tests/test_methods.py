@@ -28,7 +28,8 @@ BATCH = Batch(
 def outputs(*, seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     found = {name: torch.randn(3, 2, 4, 4, generator=generator) for name in ("stage1", "stage3")}
-    return {**found, LOGITS: torch.randn(3, 2, generator=generator)}
+    logits = (LOGITS, "peer2", "branch2", "branch3", "ensemble")
+    return found | {name: torch.randn(3, 2, generator=generator) for name in logits}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -96,7 +97,7 @@ def test_skd_does_not_look_at_labels_before_the_head() -> None:
     assert not torch.equal(one["cross_entropy"].per_sample, two["cross_entropy"].per_sample)
 
 
-@pytest.mark.parametrize("name", ["no_teacher", "simultaneous"])
+@pytest.mark.parametrize("name", ["no_teacher", "simultaneous", "dml", "one"])
 def test_comparators_take_the_steps_of_all_stages(name: str) -> None:
     (stage,) = METHODS[name].plan(CONTEXT).stages
     skd = METHODS["skd"].plan(CONTEXT).stages
@@ -114,6 +115,6 @@ def test_simultaneous_is_the_mean_of_its_terms() -> None:
 
 def test_an_unknown_method_lists_the_known() -> None:
     with pytest.raises(
-        UserError, match="unknown --method; got kd; expected skd, no_teacher, simultaneous, teacher_trai"
+        UserError, match="unknown --method; got kd; expected skd, no_teacher, simultaneous, dml, one, teacher_trai"
     ):
         find_method("kd")

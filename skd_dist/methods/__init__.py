@@ -7,7 +7,9 @@ from collections.abc import Mapping
 
 from skd_dist.contracts import Method
 from skd_dist.errors import UserError
+from skd_dist.methods.dml import Dml
 from skd_dist.methods.no_teacher import NoTeacher
+from skd_dist.methods.one import One
 from skd_dist.methods.simultaneous import Simultaneous
 from skd_dist.methods.skd import Skd
 
@@ -15,6 +17,8 @@ _ALL: tuple[Method, ...] = (
     Skd(),
     NoTeacher(),
     Simultaneous(),
+    Dml(),
+    One(),
     NoTeacher(name="teacher_training", equal_budget=False),
 )
 
