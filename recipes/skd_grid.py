@@ -41,6 +41,7 @@ def config() -> StudyConfig:
         teachers=("resnet34",),
         fractions=(0.1, 0.2, 0.3, 0.4, 1.0),
         seeds=(0,),
+        share_teacher_pass=True,
         budget="published",
         teacher_initial="pretrained",
         teacher_duration="50epochs",

@@ -131,8 +131,8 @@ def student(prepared: Prepared, run_dir: Path, stop_asked: Callable[[], bool] = 
 
 
 def train_first_stage(side: StudentSide) -> State:
-    ((state, _),) = take_turns([train_stage(side, side.prepared.plan.stages[0], initial_state(side))], device=CPU)
-    return state
+    (result,) = take_turns([train_stage(side, side.prepared.plan.stages[0], initial_state(side))], device=CPU)
+    return result.state
 
 
 def metrics(run_dir: Path) -> dict[tuple[str | None, int, str], Any]:
@@ -189,8 +189,8 @@ def test_runs_that_share_a_pass_are_what_they_are_alone(
         [train_stage(side, first, initial_state(side)) for side in sides], device=CPU, after_round=ask.forget
     )
     expected, expected_metrics = undisturbed
-    for name, (state, _) in zip(names, found, strict=True):
-        assert [key for key, value in expected.items() if not torch.equal(value, state[key])] == []
+    for name, result in zip(names, found, strict=True):
+        assert [key for key, value in expected.items() if not torch.equal(value, result.state[key])] == []
         assert metrics(tmp_path / name) == expected_metrics
     assert len(asked) == NUM_STEPS + 3 * NUM_VAL_BATCHES * NUM_STEPS, "training was asked about once for all three"
 

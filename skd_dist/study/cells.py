@@ -68,8 +68,9 @@ class _Setting:
 
     def students(self) -> Iterator[RunConfig]:
         study = self.study
-        for fraction, seed, teacher, student, method in product(
-            study.fractions, study.seeds, study.teachers, study.students, study.methods
+        # Students innermost: under one method they ask the teacher for the same, and can share its pass.
+        for fraction, seed, teacher, method, student in product(
+            study.fractions, study.seeds, study.teachers, study.methods, study.students
         ):
             yield self._student(method, teacher, student, fraction, seed)
 
