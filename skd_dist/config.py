@@ -135,8 +135,8 @@ class RunConfig:
     share_teacher_pass: bool = False
     """Let runs of one launch that differ only in student, method and their options share batches and teacher."""
     method: str = "skd"
-    """skd, sskd, no_teacher, simultaneous, hint_two_phase, hinton, fitnet, at, fsp, sp or rkd; two as skd,hinton:
-    stages of one, head of the other; or FILE.py:CLASS for one of your own."""
+    """skd, sskd, no_teacher, simultaneous, hint_two_phase, hinton, fitnet, at, fsp, sp, rkd, bss, dml, one, mskd,
+    mskd_oto or multi_exit; two as skd,hinton: stages of one, head of the other; or FILE.py:CLASS for your own."""
     method_options: str = ""
     """Hyper-parameters of the method, "temperature=2 alpha=0.5"; of two methods "hinton.alpha=0.5"."""
     stage_weights: Literal["last", "best"] = "last"
