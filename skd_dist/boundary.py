@@ -3,8 +3,6 @@
 An attack depends on the student as it is now, so it is the one request that cannot run ahead.
 """
 
-from torch import Tensor
-
 from skd_dist.attack import BOUNDARY_IMAGES, num_slots
 from skd_dist.contracts import Attack, Batch, Engine, Outputs
 from skd_dist.link.ask_ahead import AskAhead
@@ -13,7 +11,7 @@ from skd_dist.plan import LOGITS
 
 def boundary_inputs(
     engine: Engine, ask: AskAhead, batch: Batch, targets: Outputs | None, *, seed: int
-) -> tuple[tuple[Tensor, ...], Outputs | None]:
+) -> tuple[Outputs, Outputs | None]:
     """Have the teacher attacked with this micro-batch.
 
     The student's predictions are those of eval mode. The authors use the ones of the training pass; two passes with
@@ -27,12 +25,12 @@ def boundary_inputs(
         seed: of this attack.
 
     Returns:
-        What `engine.forward` is given, always as many images, so that all students do the same; and the targets with
-        those of the attack among them, None where the teacher is lost.
+        What `engine.forward` is given beside the images, always of one shape, so that all students do the same; and the
+        targets with those of the attack among them, None where the teacher is lost.
     """
     probabilities = engine.predict(batch.images)[LOGITS].float().softmax(1)
     attack = Attack(labels=batch.labels, probabilities=probabilities, valid=batch.valid, seed=seed)
     found = None if targets is None else ask.attack(batch.images, attack)
     if targets is None or found is None:
-        return (batch.images, batch.images[: num_slots(len(batch.images))].float()), None
-    return (batch.images, found[BOUNDARY_IMAGES]), {**targets, **found}
+        return {BOUNDARY_IMAGES: batch.images[: num_slots(len(batch.images))].float()}, None
+    return {BOUNDARY_IMAGES: found[BOUNDARY_IMAGES]}, {**targets, **found}

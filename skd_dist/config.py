@@ -53,9 +53,9 @@ class RunConfig:
     allow_pipe_urls: bool = False
     """Run the shell commands of pipe: shards, once per node; their output is kept in --cache-dir."""
     teacher: str | None = None
-    """timm name of the teacher."""
+    """timm name of the teacher; several, as a,b, answer as an ensemble with the average of what they give."""
     teacher_checkpoint: str | None = None
-    """Teacher weights: a .safetensors or torch file, or `pretrained` for timm's own download."""
+    """Teacher weights: a .safetensors or torch file, or `pretrained` for timm's own download; a,b for an ensemble."""
     allow_untrained_teacher: bool = False
     """Accept a teacher with random weights, or one that is no better than chance."""
     student: str

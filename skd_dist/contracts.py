@@ -187,16 +187,16 @@ class Engine(Protocol):
     module: nn.Module
     """The StageModule; under ZeRO 3 its parameters are partitioned between calls."""
 
-    def forward(self, images: Tensor, boundary_images: Tensor | None = None) -> Outputs:
+    def forward(self, images: Tensor, given: Mapping[str, Tensor] | None = None) -> Outputs:
         """Run the stage module on uint8 images [N, 3, H, W] of this rank's micro-batch.
 
-        boundary_images: float32 [M, 3, H, W], 0..255, of a step that attacks; in the same pass of the engine, because
-        DDP and ZeRO want one forward for each backward.
+        given: what the step brings beside them, by name (`StageModule.forward`); in the same pass of the engine,
+        because DDP and ZeRO want one forward for each backward. None or empty: nothing.
         """
         ...
 
     def predict(self, images: Tensor) -> Outputs:
-        """What `forward` gives in eval mode, without gradients; nothing moves. Collective under ZeRO 3."""
+        """What `forward` gives for images alone, in eval mode, without gradients; nothing moves. Collective."""
         ...
 
     def backward(self, loss: Tensor) -> None:

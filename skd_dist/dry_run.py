@@ -93,7 +93,7 @@ def _shape_text(cut: ModelCut, group: str) -> str:
 def _stages(prepared: Prepared) -> str:
     models = prepared.models
     student = {cost.name: cost for cost in group_costs(models.student)}
-    teacher = {cost.name: cost for cost in group_costs(models.teacher)} if models.teacher else {}
+    teachers = [{cost.name: cost for cost in group_costs(cut)} for cut in models.teachers]
     rows = [("stage", "steps", "trains", "params", "student MFLOPs", "teacher MFLOPs", "link KiB/image")]
     for stage in prepared.plan.stages:
         rows.append(
@@ -103,8 +103,8 @@ def _stages(prepared: Prepared) -> str:
                 "+".join(stage.trains),
                 f"{sum(student[name].num_params for name in stage.trains):,}",
                 f"{_flops(student, _student_reach(stage)) / 1e6:,.1f}",
-                f"{_flops(teacher, _teacher_reach(stage)) / 1e6:,.1f}",
-                f"{_link_bytes(teacher, stage) / 1024:,.1f}",
+                f"{sum(_flops(teacher, _teacher_reach(stage)) for teacher in teachers) / 1e6:,.1f}",
+                f"{_link_bytes(teachers[0] if teachers else {}, stage) / 1024:,.1f}",
             )
         )
     return _table(rows) + "\n(FLOPs and bytes per image; forward pass; link at 2 bytes a value)"

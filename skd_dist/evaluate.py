@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from skd_dist.contracts import Batch, Method, Outputs
+from skd_dist.engines.passes import arguments
 from skd_dist.link.ask_ahead import AskAhead
 from skd_dist.losses import cross_entropy
 from skd_dist.meters import ClassCounts, Meter
 from skd_dist.plan import LOGITS, StageSpec
 from skd_dist.stage_loop import to_device
 from skd_dist.stage_values import add_variances, with_nmse
+from skd_dist.student import fed_features
 
 AfterBatch = Callable[[], None]
 """Called after every batch, by all students together: they have equally many. It may raise, to leave."""
@@ -105,7 +107,7 @@ def evaluate_stage(
             raise ask.no_teacher
         with torch.inference_mode():
             batch = to_device(cpu_batch, device)
-            outputs = module(batch.images)
+            outputs = module(*arguments(batch.images, fed_features(stage, targets)))
             terms = method.loss(stage, outputs, targets, batch, progress_frac=1.0)
             for name, term in terms.items():
                 meter.add_samples(name, term.per_sample, batch.valid)

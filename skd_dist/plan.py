@@ -53,6 +53,14 @@ class Tap:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Feed:
+    """A student group after which the student goes on from a teacher group's feature, and not from its own."""
+
+    student: str
+    teacher: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StageSpec:
     """One training phase."""
 
@@ -61,6 +69,8 @@ class StageSpec:
     trains: tuple[str, ...]
     """Student groups whose parameters move; everything else is frozen in this stage."""
     taps: tuple[Tap, ...] = ()
+    feeds: tuple[Feed, ...] = ()
+    """Where the teacher's features go into the student, in network order: no gradient crosses such a place."""
     student_logits: bool = False
     """Whether the student runs to its logits."""
     student_features: tuple[str, ...] = ()
@@ -80,9 +90,14 @@ class StageSpec:
             raise UserError(f"stage {self.name} has no steps", got=self.num_steps, expected="more than 0")
 
     @property
+    def pairs(self) -> tuple[Tap | Feed, ...]:
+        """Wherever a student group meets a teacher group."""
+        return (*self.taps, *self.feeds)
+
+    @property
     def teacher_outputs(self) -> tuple[str, ...]:
         """What the teacher is asked for, each once, logits last; empty where the stage needs no teacher."""
-        asked = dict.fromkeys([*(tap.teacher for tap in self.taps), *self.teacher_extra])
+        asked = dict.fromkeys([*(pair.teacher for pair in self.pairs), *self.teacher_extra])
         logits = (LOGITS,) if self.teacher_logits or LOGITS in asked else ()
         return (*(name for name in asked if name != LOGITS), *logits)
 
@@ -140,7 +155,7 @@ def _check_names(
     stage: StageSpec, student_groups: Mapping[str, Sequence[str]], teacher_groups: Sequence[str] | None
 ) -> None:
     known = ", ".join(student_groups)
-    for group in (*stage.trains, *(tap.student for tap in stage.taps), *stage.student_features):
+    for group in (*stage.trains, *(pair.student for pair in stage.pairs), *stage.student_features):
         if group not in student_groups:
             raise UserError(f"stage {stage.name}: the student has no such group", got=group, expected=known)
     if not any(student_groups[group] for group in stage.trains):
@@ -155,11 +170,11 @@ def _check_names(
             got="no logits of both networks",
             expected="student_logits and teacher_logits",
         )
-    for tap in stage.taps:
-        if tap.teacher not in (teacher_groups or ()):
+    for pair in stage.pairs:
+        if pair.teacher not in (teacher_groups or ()):
             raise UserError(
                 f"stage {stage.name}: the teacher has no such group",
-                got=tap.teacher,
+                got=pair.teacher,
                 expected=", ".join(teacher_groups or ()),
             )
 

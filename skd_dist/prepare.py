@@ -25,6 +25,7 @@ from skd_dist.methods import find_method
 from skd_dist.models.cut import ModelCut, cut_model
 from skd_dist.models.matching import match_groups
 from skd_dist.plan import StagePlan, check_plan
+from skd_dist.teacher_members import check_ensemble, members_of
 
 Matching = tuple[tuple[tuple[str, ...], str], ...]
 
@@ -37,8 +38,14 @@ class Models:
     """The two networks as groups, and which goes with which."""
 
     student: ModelCut
-    teacher: ModelCut | None
+    teachers: tuple[ModelCut, ...]
+    """One, none, or those of an ensemble."""
     matching: Matching
+
+    @property
+    def teacher(self) -> ModelCut | None:
+        """The one whose groups the answers are named after, and have the shapes of."""
+        return self.teachers[0] if self.teachers else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,11 +109,15 @@ def prepare_models(config: RunConfig) -> Models:
         UserError: an unknown model, one that cannot be cut, or groups that cannot be matched.
     """
     student = cut_model(config.student, num_classes=config.num_classes, image_size=config.image_size)
-    if config.teacher is None:
+    teachers = tuple(
+        cut_model(member.name, num_classes=config.num_classes, image_size=config.image_size)
+        for member in members_of(config)
+    )
+    if not teachers:
         alone = tuple(((name,), name) for name in student.group_names if name != "head")
-        return Models(student=student, teacher=None, matching=alone)
-    teacher = cut_model(config.teacher, num_classes=config.num_classes, image_size=config.image_size)
-    return Models(student=student, teacher=teacher, matching=match_groups(student, teacher, overrides=config.match))
+        return Models(student=student, teachers=(), matching=alone)
+    matching = match_groups(student, teachers[0], overrides=config.match)
+    return Models(student=student, teachers=teachers, matching=matching)
 
 
 def digits_directory(config: RunConfig) -> Path:
@@ -226,6 +237,7 @@ def write_plan(config: RunConfig, models: Models, method: Method, *, samples_per
         student_groups={group.name: group.parameters for group in models.student.groups},
         teacher_groups=context.teacher_groups,
     )
+    check_ensemble(plan, models.teachers)
     return plan
 
 

@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NoReturn, Protocol
 
 import torch
-from torch import Tensor
 
 from skd_dist.boundary import boundary_inputs
-from skd_dist.contracts import Batch, Engine, LossTerms, Method
+from skd_dist.contracts import Batch, Engine, LossTerms, Method, Outputs
 from skd_dist.data.seeds import derive_seed
 from skd_dist.errors import UserError
 from skd_dist.link.ask_ahead import AskAhead
@@ -24,6 +23,7 @@ from skd_dist.optim import learning_rate_at
 from skd_dist.plan import StageSpec
 from skd_dist.progress import StageProgress
 from skd_dist.stage_values import add_variances, masked_mean, no_loss, rates_over_students, with_nmse
+from skd_dist.student import fed_features
 
 _MAX_NAMED_SAMPLES = 5
 
@@ -134,11 +134,11 @@ def run_stage(
         for micro_step in range(grad_accum_steps):
             batch, targets = next(stream)
             batch = to_device(batch, device)
-            images: tuple[Tensor, ...] = (batch.images,)
+            given: Outputs = fed_features(stage, targets)
             if step < stage.attack_steps:
                 attack_seed = derive_seed("attack", seed, stage.index, step, micro_step)
-                images, targets = boundary_inputs(engine, ask, batch, targets, seed=attack_seed)
-            outputs = engine.forward(*images)
+                given, targets = boundary_inputs(engine, ask, batch, targets, seed=attack_seed)
+            outputs = engine.forward(batch.images, given)
             if targets is None:
                 engine.backward(no_loss(outputs))  # the other students wait in the collectives of this backward pass
                 continue

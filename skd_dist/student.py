@@ -5,16 +5,18 @@ not in here. A new module is built for every stage; nothing is re-filled.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from skd_dist.adapters import make_adapter
-from skd_dist.attack import BOUNDARY
-from skd_dist.contracts import Method, StageModels
+from skd_dist.attack import BOUNDARY, BOUNDARY_IMAGES
+from skd_dist.contracts import Method, Outputs, StageModels
 from skd_dist.models.create import create_model
 from skd_dist.models.cut import ModelCut, run_cut, set_training
+from skd_dist.models.feeding import make_feed_points
 from skd_dist.models.memory_format import arrange_images, set_memory_formats
 from skd_dist.plan import LOGITS, StageSpec
 
@@ -54,11 +56,14 @@ class StageModule(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs as well
             self.adapters = _make_adapters(stage, cut, teacher_cut)
+            self.inlets = _make_inlets(stage, cut, teacher_cut)
             self.companion = _make_companion(stage, cut, teacher_cut, model, method)
         self._cut = cut
         self._stage = stage
         self._frozen_batchnorm = frozen_batchnorm
-        set_memory_formats(model, cut, weights_too=False)
+        fed_groups = [feed.student for feed in stage.feeds]
+        self._feed_points = make_feed_points(model, cut, fed_groups) if fed_groups else None
+        set_memory_formats(model, cut, weights_too=False)  # behind the feed points: it arranges what they give
         self.train()
 
     def train(self, mode: bool = True) -> "StageModule":
@@ -68,13 +73,14 @@ class StageModule(nn.Module):
             set_training(self.model, self._cut, trains=self._stage.trains, frozen_batchnorm=self._frozen_batchnorm)
         return self
 
-    def forward(self, images: Tensor, boundary_images: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, given: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Run as far as the stage needs.
 
         Args:
             images: uint8 [N, 3, H, W].
-            boundary_images: [M, 3, H, W], 0..255 in any dtype, in a step that attacks the teacher. They make a pass of
-                their own: BatchNorm must not mix them with the others.
+            given: teacher group name -> feature of a place where the stage is fed, in any floating dtype; a place that
+                is not given keeps the student's own. BOUNDARY_IMAGES -> [M, 3, H, W], 0..255 in any dtype, in a step
+                that attacks the teacher; they make a pass of their own: BatchNorm must not mix them with the others.
 
         Returns:
             Teacher group name -> adapted feature; LOGITS -> [N, K] where the stage asks for them; what the companion
@@ -82,17 +88,31 @@ class StageModule(nn.Module):
         """
         stage = self._stage
         images = arrange_images(self._cut, images)
-        wanted = dict.fromkeys([*(tap.student for tap in stage.taps), *stage.student_features])
-        own = run_cut(self._cut, self.model, images, taps=list(wanted), logits=stage.student_logits)
+        given = given or {}
+        own = self._run(images, given)
         outputs = {tap.teacher: self.adapters[tap.teacher](own[tap.student]) for tap in stage.taps}
         if stage.student_logits:
             outputs[LOGITS] = own[LOGITS]
         if self.companion is not None:
             outputs |= self.companion(images, own)
-        if boundary_images is not None:
-            boundary_images = arrange_images(self._cut, boundary_images)
+        if BOUNDARY_IMAGES in given:
+            boundary_images = arrange_images(self._cut, given[BOUNDARY_IMAGES])
             outputs[BOUNDARY] = run_cut(self._cut, self.model, boundary_images, taps=(), logits=True)[LOGITS]
         return outputs
+
+    def _run(self, images: Tensor, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        stage = self._stage
+        wanted = dict.fromkeys([*(tap.student for tap in stage.taps), *stage.student_features])
+        run = partial(run_cut, self._cut, self.model, images, taps=list(wanted), logits=stage.student_logits)
+        if self._feed_points is None:
+            return run()
+        fed = {
+            feed.student: self.inlets[feed.student](given[feed.teacher])
+            for feed in stage.feeds
+            if feed.teacher in given
+        }
+        with self._feed_points.feeding(fed) as made:
+            return {**run(), **made}
 
 
 def _make_adapters(stage: StageSpec, cut: ModelCut, teacher_cut: ModelCut | None) -> nn.ModuleDict:
@@ -106,6 +126,22 @@ def _make_adapters(stage: StageSpec, cut: ModelCut, teacher_cut: ModelCut | None
         else:
             adapters[tap.teacher] = make_adapter(source, target, always_project=tap.adapter == "regressor")
     return nn.ModuleDict(adapters)
+
+
+def _make_inlets(stage: StageSpec, cut: ModelCut, teacher_cut: ModelCut | None) -> nn.ModuleDict:
+    """What brings a teacher's feature to the student's layout and size; methods feed where the widths agree."""
+    inlets: dict[str, nn.Module] = {}
+    for feed in stage.feeds:
+        assert teacher_cut is not None, "a plan that feeds the student and has no teacher passed check_plan"
+        source, target = teacher_cut.group(feed.teacher).feature, cut.group(feed.student).feature
+        assert source is not None and target is not None, "the head has no feature"
+        inlets[feed.student] = make_adapter(source, target)
+    return nn.ModuleDict(inlets)
+
+
+def fed_features(stage: StageSpec, targets: Outputs | None) -> dict[str, Tensor]:
+    """What a `StageModule` is given where its stage is fed; nothing where the teacher is lost (None)."""
+    return {} if targets is None else {feed.teacher: targets[feed.teacher] for feed in stage.feeds}
 
 
 def _make_companion(

@@ -23,7 +23,7 @@ from skd_dist.contracts import Attack
 from skd_dist.errors import UserError
 from skd_dist.link.passage import make_memory_file, make_passage
 from skd_dist.link.teacher_side import TeacherLostError
-from skd_dist.teacher import Load
+from skd_dist.teacher_load import Load
 from skd_dist.teacher_worker import Answered, Ask, AskAttack, Failed, HasMoved, Loaded, Refused
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)

@@ -24,7 +24,9 @@ from skd_dist.models.exits import is_exit
 from skd_dist.prepare import Prepared
 from skd_dist.roles import Role
 from skd_dist.run_setup import agreed, device_of
-from skd_dist.teacher import Load, Teacher, build_teacher
+from skd_dist.teacher import Teacher
+from skd_dist.teacher_load import Load, build_teacher
+from skd_dist.teacher_members import members_of
 from skd_dist.teacher_process import TeacherProcess
 
 LINK_TIMEOUT = timedelta(seconds=120)
@@ -103,19 +105,22 @@ def _check_exits(runs: Sequence[Prepared]) -> None:
 
 
 def _build_teacher(runs: Sequence[Prepared], device: torch.device, worker: TeacherProcess | None) -> Teacher:
-    config, cut = runs[0].config, runs[0].models.teacher
-    assert cut is not None, "a plan that needs a teacher passed check_plan"
-    order = Load(
-        cut=cut,
-        checkpoint=config.teacher_checkpoint,
-        allow_untrained=config.allow_untrained_teacher,
-        seed=config.seed,
-        dtype=config.teacher_dtype,
-        device=str(device),
-        num_threads=torch.get_num_threads(),
-        exits=_asks_exits(runs[0]),
-        can_attack=any(run.plan.attacks_teacher for run in runs),
+    config, cuts = runs[0].config, runs[0].models.teachers
+    first, *others = (
+        Load(
+            cut=cut,
+            checkpoint=member.checkpoint,
+            allow_untrained=config.allow_untrained_teacher,
+            seed=config.seed + position,  # untrained, equal networks must differ
+            dtype=config.teacher_dtype,
+            device=str(device),
+            num_threads=torch.get_num_threads(),
+            exits=_asks_exits(runs[0]),
+            can_attack=any(run.plan.attacks_teacher for run in runs),
+        )
+        for position, (cut, member) in enumerate(zip(cuts, members_of(config), strict=True))
     )
+    order = dataclasses.replace(first, others=tuple(others))
     if worker is None:
         return build_teacher(order)
     worker.load(order)

@@ -17,7 +17,8 @@ from torch import Tensor
 from skd_dist.contracts import Attack
 from skd_dist.errors import UserError
 from skd_dist.link.passage import Passage, make_passage
-from skd_dist.teacher import FrozenTeacher, Load, build_teacher
+from skd_dist.teacher import Teacher
+from skd_dist.teacher_load import Load, LocalTeacher, build_teacher
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +70,7 @@ class Failed:
 
 def work(connection: Connection, memory_file: int) -> None:
     """Do what comes over the connection until it is closed."""
-    teacher: FrozenTeacher | None = None
+    teacher: LocalTeacher | None = None
     while True:
         try:
             message = connection.recv()
@@ -100,7 +101,7 @@ def work(connection: Connection, memory_file: int) -> None:
                 connection.send(teacher.has_moved())
 
 
-def answer_one(teacher: FrozenTeacher, passage: Passage, message: Ask | AskAttack) -> dict[str, Tensor]:
+def answer_one(teacher: Teacher, passage: Passage, message: Ask | AskAttack) -> dict[str, Tensor]:
     """What the message asks for."""
     if isinstance(message, Ask):
         return teacher.answer(passage.open(message.images)["images"], message.outputs)
@@ -108,7 +109,7 @@ def answer_one(teacher: FrozenTeacher, passage: Passage, message: Ask | AskAttac
     return teacher.attack(payload["images"], Attack.from_tensors(payload, seed=message.seed))
 
 
-def load(order: Load) -> FrozenTeacher:
+def load(order: Load) -> LocalTeacher:
     """Build the teacher as the parent would have."""
     torch.set_num_threads(order.num_threads)
     device = torch.device(order.device)

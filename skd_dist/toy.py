@@ -15,7 +15,7 @@ def toy(config: Config) -> Config:
         num_classes=10,
         image_size=32,
         fraction=0.1,
-        teacher=config.teacher and "skd_narrow_resnet26",
+        teacher=config.teacher and ",".join(["skd_narrow_resnet26"] * len(config.teacher.split(","))),
         student="skd_narrow_resnet10",
         allow_untrained_teacher=True,
         global_batch_size=24,

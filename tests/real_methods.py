@@ -16,22 +16,24 @@ from skd_dist.models.create import create_model
 from skd_dist.models.exits import create_exits
 from skd_dist.plan import StageSpec
 from skd_dist.prepare import Models, prepare_models, write_plan
-from skd_dist.student import StageModule, build_stage_module
+from skd_dist.student import StageModule, build_stage_module, fed_features
 from skd_dist.teacher import FrozenTeacher
 
 NUM_CLASSES = 10
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "own_method.md"
 OWN = "docs/own_method.md"
 """Stands for the method that the page shows."""
-NAMES = (*METHODS, "skd,hinton", OWN)
-"""All that the contract suite runs over: what is registered, a composition, and the method of docs/own_method.md."""
+BLOCKS = "skd input_from=teacher"
+NAMES = (*METHODS, "skd,hinton", BLOCKS, OWN)
+"""All that the contract suite runs over: what is registered, a composition, the block-parallel form, and the method of
+docs/own_method.md. Options stand behind the name."""
 
 
 @cache
 def method_of(name: str, folder: Path | None = None) -> Method:
     """The method, as the command line would find it; the one of the page is cut out of it into `folder`."""
     if name != OWN:
-        return find_method(name)
+        return find_method(*name.split(" ", maxsplit=1))
     assert folder is not None
     blocks = DOCUMENT.read_text().split("```python\n")
     assert len(blocks) == 2, "docs/own_method.md shows one complete file"
@@ -128,7 +130,12 @@ class Case:
     def outputs(self, batch: Batch) -> dict[str, Tensor]:
         """A fresh student's, in eval mode, which any batch size allows, and without a graph."""
         with torch.no_grad():
-            return self.module().eval()(batch.images)
+            return self.forward(self.module().eval(), batch)
+
+    def forward(self, module: StageModule, batch: Batch) -> dict[str, Tensor]:
+        """As the loop does it: with the teacher's features where the stage is fed."""
+        found: dict[str, Tensor] = module(batch.images, fed_features(self.stage, self.answer(batch)))
+        return found
 
 
 def build_module(case: Case, start_from: Mapping[str, Tensor] | None) -> StageModule:

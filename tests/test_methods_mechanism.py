@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from real_methods import cases_of, config, make_batch, models_of
+from real_methods import BLOCKS, cases_of, config, make_batch, models_of
 from torch import Tensor
 
 from skd_dist.stage_loop import masked_mean
@@ -23,7 +23,8 @@ def train(name: str, folder: Path) -> list[tuple[tuple[str, ...], State, State]]
         for step in range(2):
             batch = make_batch(seed=step)
             optimizer.zero_grad()
-            terms = case.loss(module(batch.images), case.answer(batch), batch, progress_frac=step / 2)
+            answer = case.answer(batch)
+            terms = case.loss(case.forward(module, batch), answer, batch, progress_frac=step / 2)
             masked_mean(terms, batch.valid).backward()
             optimizer.step()
         state = student_part(module.state_dict())
@@ -32,7 +33,8 @@ def train(name: str, folder: Path) -> list[tuple[tuple[str, ...], State, State]]
 
 
 @pytest.mark.parametrize(
-    ("name", "num_stages"), [("skd", 6), ("sskd", 6), ("skd,hinton", 6), ("hint_two_phase", 2), ("fsp", 2)]
+    ("name", "num_stages"),
+    [("skd", 6), ("sskd", 6), ("skd,hinton", 6), ("hint_two_phase", 2), ("fsp", 2), (BLOCKS, 2)],
 )
 def test_a_stage_moves_its_own_groups_and_nothing_else(name: str, num_stages: int, tmp_path: Path) -> None:
     """Weights and BatchNorm buffers: earlier stages stay bit-identical, later ones untouched, the head is last."""

@@ -70,7 +70,29 @@ def test_sskd_is_what_skd_is_and_has_no_weight_to_choose() -> None:
         assert ours.keys() == theirs.keys() and len(ours) == 1
         assert all(torch.equal(ours[key].per_sample, theirs[key].per_sample) for key in ours)
         assert [term.weight for term in ours.values()] == [1.0]
-    assert [field.name for field in dataclasses.fields(sskd)] == ["name"]  # type: ignore[arg-type]
+    numbers = [field.name for field in dataclasses.fields(sskd) if not isinstance(getattr(sskd, field.name), str)]  # type: ignore[arg-type]
+    assert numbers == []
+
+
+@pytest.mark.parametrize("name", ["skd", "sskd"])
+def test_the_block_parallel_form_trains_all_stages_at_once_each_behind_the_teacher_s(name: str) -> None:
+    plan = find_method(name, "input_from=teacher").plan(CONTEXT)
+    assert trained(plan) == [("stem", *STAGES), ("head",)] and steps(plan) == [50, 6]
+    assert asked(plan) == [("stem", *STAGES), ()]
+    assert [(feed.student, feed.teacher) for feed in plan.stages[0].feeds] == [(g, g) for g in ("stem", *STAGES[:-1])]
+
+
+@pytest.mark.parametrize(("features", "compares"), [("at_once", ("stem", *STAGES)), ("last_only", STAGES[-1:])])
+def test_ablations_of_the_stages_train_all_of_them_in_one(features: str, compares: tuple[str, ...]) -> None:
+    plan = find_method("skd", f"features={features}").plan(CONTEXT)
+    assert trained(plan) == [("stem", *STAGES), ("head",)] and steps(plan) == [50, 6]
+    assert asked(plan) == [compares, ()] and plan.stages[0].feeds == ()
+
+
+def test_one_form_at_a_time() -> None:
+    line = "skd: input_from=teacher compares each stage by itself; got features=last_only"
+    with pytest.raises(UserError, match=line):
+        find_method("skd", "input_from=teacher features=last_only")
 
 
 @pytest.mark.parametrize("name", ["skd", "sskd", "hint_two_phase", "fsp"])
@@ -150,12 +172,18 @@ def test_fsp_trains_the_backbone_first_and_then_everything() -> None:
             {"student_shapes": {"stage1": (17, 8)}},
             r"^at cannot compare student group stage1 with teacher group stage1; got features of shape \(17, 8\) and",
         ),
+        (
+            "skd input_from=teacher",
+            {"student_channels": {**CONTEXT.student_channels, "stage3": 24}},
+            "^input_from=teacher: student group stage3 cannot be followed by the teacher's stage3; got 24 and 32 "
+            "channels; expected features of equal width; choose a student of the teacher's widths, or input_from",
+        ),
         ("at", {"matching": CONTEXT.matching[:1]}, "^the networks have no stage past the stem in common; choose"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_in_the_plan(name: str, change: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        METHODS[name].plan(dataclasses.replace(CONTEXT, **change))  # type: ignore[arg-type]
+        find_method(*name.split()).plan(dataclasses.replace(CONTEXT, **change))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("options", "weights"), [("", [1 / 6] * 6), ("feature_weight=0.01", [0.01] * 5 + [1.0])])

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from skd_dist.attack import BOUNDARY
+from skd_dist.attack import BOUNDARY, BOUNDARY_IMAGES
 from skd_dist.contracts import Outputs, StageModels
 from skd_dist.methods.base import BaseMethod
 from skd_dist.models.cut import cut_model
-from skd_dist.plan import LOGITS, OptimizerSpec, StageSpec, Tap
-from skd_dist.student import StageModule, build_stage_module, student_part
+from skd_dist.plan import LOGITS, Feed, OptimizerSpec, StageSpec, Tap
+from skd_dist.student import StageModule, build_stage_module, fed_features, student_part
 
 STUDENT = cut_model("test_resnet", num_classes=3, image_size=32)
 TEACHER = cut_model("test_convnext", num_classes=3, image_size=32)
@@ -111,7 +111,7 @@ def test_boundary_images_make_a_pass_of_their_own() -> None:
     of whole pixels."""
     module, again = build(), build()
     boundary = IMAGES[:2].float() + 0.25
-    outputs = module(IMAGES, boundary)
+    outputs = module(IMAGES, {BOUNDARY_IMAGES: boundary})
     assert set(outputs) == {"stage1", LOGITS, BOUNDARY} and outputs[BOUNDARY].shape == (2, 3)
     clean = again(IMAGES)
     assert torch.equal(outputs[LOGITS], clean[LOGITS]) and torch.equal(outputs["stage1"], clean["stage1"])
@@ -134,3 +134,34 @@ def test_initial_weights_are_a_function_of_the_seed_alone(global_seed: int) -> N
     assert all(torch.equal(one[name], two[name]) for name in one)
     adapters = [name for name in one if name.startswith("adapters.") and one[name].dim() > 1]
     assert adapters and not any(torch.equal(one[name], other[name]) for name in adapters)
+
+
+def test_a_stage_that_is_fed_trains_every_group_as_if_it_stood_alone() -> None:
+    """Block-parallel: the gradient of each group's loss is that of a stage of this group alone, fed alike."""
+    cut = STUDENT
+    names = [name for name in cut.group_names if name != "head"]
+    feeds = tuple(Feed(student=name, teacher=name) for name in names[:-1])
+    taps = tuple(Tap(student=name, teacher=name) for name in names)
+    generator = torch.Generator().manual_seed(4)
+    teacher = {name: torch.rand(4, *cut.group(name).feature.shape, generator=generator) for name in names}  # type: ignore[union-attr]
+    together = dataclasses.replace(STAGE, trains=tuple(names), taps=taps, feeds=feeds, student_logits=False)
+    module = build(stage=together, teacher_cut=cut)
+    outputs = module(IMAGES, fed_features(together, teacher))
+    sum((outputs[name] - teacher[name]).square().mean() for name in names).backward()  # type: ignore[union-attr]
+    seen = 0
+    for position, name in enumerate(names):
+        alone = dataclasses.replace(together, trains=(name,), taps=taps[position : position + 1])
+        other = build(stage=alone, teacher_cut=cut)
+        (other(IMAGES, fed_features(alone, teacher))[name] - teacher[name]).square().mean().backward()
+        for parameter in cut.parameters_of([name]):
+            expected, found = (built.get_parameter(f"model.{parameter}").grad for built in (other, module))
+            assert expected is not None and found is not None and torch.allclose(found, expected, rtol=1e-5, atol=1e-8)
+            seen += 1
+    assert seen == len(cut.parameters_of(names))
+
+
+def test_without_a_teacher_s_features_a_stage_that_is_fed_goes_its_own_way() -> None:
+    """As where the teacher is lost: the pass must reach every parameter all the same."""
+    stage = dataclasses.replace(STAGE, feeds=(Feed(student="stage1", teacher="stage1"),))
+    assert fed_features(stage, None) == {}
+    assert torch.equal(build(stage=stage)(IMAGES, {})[LOGITS], build()(IMAGES)[LOGITS])

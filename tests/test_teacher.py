@@ -12,7 +12,8 @@ from skd_dist.models.create import create_model
 from skd_dist.models.cut import cut_model, run_cut
 from skd_dist.models.exits import create_exits
 from skd_dist.plan import LOGITS
-from skd_dist.teacher import FrozenTeacher, Load, build_teacher, resolve_dtype
+from skd_dist.teacher import FrozenTeacher, resolve_dtype
+from skd_dist.teacher_load import Load, build_teacher
 
 CPU = torch.device("cpu")
 CUT = cut_model("test_resnet", num_classes=3, image_size=32)
@@ -139,7 +140,7 @@ def test_a_teacher_without_exits_is_refused(tmp_path: Path, checkpoint: str, mon
     source, got = "pretrained", "no checkpoint with exits"
     if checkpoint == "file":
         source, got = with_files(tmp_path, exits=False), rf"no file {tmp_path}/exits\.safetensors"
-    monkeypatch.setattr("skd_dist.teacher.load_weights", lambda model, source, what: None)
+    monkeypatch.setattr("skd_dist.teacher_load.load_weights", lambda model, source, what: None)
     with pytest.raises(
         UserError,
         match=rf"^teacher test_resnet has no exits; got {got}; train one with recipes/train_teacher\.py --exits",

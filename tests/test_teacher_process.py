@@ -20,7 +20,7 @@ from skd_dist.models.create import create_model
 from skd_dist.models.cut import cut_model
 from skd_dist.models.exits import create_exits
 from skd_dist.plan import LOGITS
-from skd_dist.teacher import Load, build_teacher
+from skd_dist.teacher_load import Load, build_teacher
 from skd_dist.teacher_process import TeacherProcess
 
 CUT = cut_model("test_resnet", num_classes=3, image_size=32)

@@ -59,7 +59,7 @@ from skd_dist.progress import StageProgress
 from skd_dist.roles import RoleMap, World
 from skd_dist.stage_loop import NoInterruptions, run_stage
 from skd_dist.student import build_stage_module
-from skd_dist.teacher import Load, build_teacher
+from skd_dist.teacher_load import Load, build_teacher
 from skd_dist.teacher_process import TeacherProcess
 
 WAYS = ("ready", "inline", "remote", "plain")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from skd_dist.contracts import Outputs
 from skd_dist.engines.collectives import full_state
 from skd_dist.engines.deepspeed_config import autocast_dtype, gradient_clipping
-from skd_dist.engines.passes import given, looking_only
+from skd_dist.engines.passes import arguments, looking_only
 from skd_dist.engines.plain_state import plain_snapshot, restore_plain
 from skd_dist.engines.process_environment import environment
 from skd_dist.optim import make_optimizer
@@ -70,11 +70,11 @@ class AccelerateEngine:
         self._device = device
         self._micro_step = 0
 
-    def forward(self, images: Tensor, boundary_images: Tensor | None = None) -> Outputs:
+    def forward(self, images: Tensor, given: Mapping[str, Tensor] | None = None) -> Outputs:
         # DDP decides in the forward pass whether the backward pass averages: only that of the last micro-step does.
         is_last = self._micro_step + 1 == self._grad_accum_steps
         with nullcontext() if is_last else self._accelerator.no_sync(self._parallel):
-            outputs: Outputs = self._parallel(*given(images, boundary_images))
+            outputs: Outputs = self._parallel(*arguments(images, given))
         return outputs
 
     def predict(self, images: Tensor) -> Outputs:

@@ -34,7 +34,7 @@ from skd_dist.contracts import Outputs
 from skd_dist.engines.collectives import full_state
 from skd_dist.engines.deepspeed_config import autocast_dtype, complete_config
 from skd_dist.engines.deepspeed_snapshot import restore_snapshot, take_snapshot
-from skd_dist.engines.passes import given, looking_only
+from skd_dist.engines.passes import arguments, looking_only
 from skd_dist.errors import UserError
 from skd_dist.lean_imports import lean_imports
 from skd_dist.optim import make_optimizer
@@ -89,8 +89,8 @@ class DeepSpeedEngine:
         self._device = device
         self._micro_step = 0
 
-    def forward(self, images: Tensor, boundary_images: Tensor | None = None) -> Outputs:
-        outputs: Outputs = self._engine(*given(images, boundary_images))
+    def forward(self, images: Tensor, given: Mapping[str, Tensor] | None = None) -> Outputs:
+        outputs: Outputs = self._engine(*arguments(images, given))
         return outputs
 
     def predict(self, images: Tensor) -> Outputs:

@@ -1,15 +1,16 @@
 """What the forward passes of all engines have in common."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
-def given(*images: Tensor | None) -> tuple[Tensor, ...]:
-    """The arguments that are there: a module without boundary images takes one."""
-    return tuple(tensor for tensor in images if tensor is not None)
+def arguments(images: Tensor, given: Mapping[str, Tensor] | None) -> tuple[Any, ...]:
+    """Of a module's forward pass: one that is given nothing beside the images takes one."""
+    return (images, dict(given)) if given else (images,)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from skd_dist.contracts import Outputs
 from skd_dist.engines.collectives import full_state
 from skd_dist.engines.deepspeed_config import autocast_dtype, gradient_clipping
-from skd_dist.engines.passes import given, looking_only
+from skd_dist.engines.passes import arguments, looking_only
 from skd_dist.engines.plain_state import plain_snapshot, restore_plain
 from skd_dist.optim import make_optimizer
 from skd_dist.plan import OptimizerSpec
@@ -57,9 +57,9 @@ class TorchEngine:
         # pass; DeepSpeed leaves each student its own, and full_state averages them.
         self._parallel = DistributedDataParallel(module, forward_sync_buffers=False) if num_students > 1 else None
 
-    def forward(self, images: Tensor, boundary_images: Tensor | None = None) -> Outputs:
+    def forward(self, images: Tensor, given: Mapping[str, Tensor] | None = None) -> Outputs:
         with self._autocast(), self._gradient_sync():
-            outputs: Outputs = (self._parallel or self.module)(*given(images, boundary_images))
+            outputs: Outputs = (self._parallel or self.module)(*arguments(images, given))
         return outputs
 
     def predict(self, images: Tensor) -> Outputs:

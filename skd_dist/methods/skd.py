@@ -3,14 +3,23 @@
 Reference: Kulkarni et al., "Data Efficient Stagewise Knowledge Distillation", arXiv 1911.06786. Departures from the
 published code: frozen stages stand still (`--frozen-batchnorm train` brings their drift back), the optimizer holds only
 what trains, and an adapter maps the student's feature where shapes differ (there they never do).
+
+Three other forms of the feature phase, for comparison, all with its steps: `input_from=teacher` is block-parallel, each
+student stage goes on from the teacher's feature before it, so all train at once and none waits for another;
+`features=at_once` compares all features in one stage that goes from the image to the last; `features=last_only`
+compares the last alone.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from skd_dist.contracts import Batch, LossTerm, LossTerms, Outputs, PlanContext
+from skd_dist.errors import UserError
 from skd_dist.losses import cross_entropy, feature_mse
 from skd_dist.methods.base import BaseMethod
-from skd_dist.plan import LOGITS, StagePlan, StageSpec, Tap
+from skd_dist.methods.stages import Matched, student_groups_of
+from skd_dist.plan import LOGITS, Feed, StagePlan, StageSpec, Tap
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,20 +27,34 @@ class Skd(BaseMethod):
     """Feature stages in network order, each fed by the student's own frozen earlier stages; then the head."""
 
     name: str = "skd"
+    input_from: Literal["student", "teacher"] = "student"
+    """What a stage goes on from: the student's own feature, or the teacher's (then all stages train together)."""
+    features: Literal["one_by_one", "at_once", "last_only"] = "one_by_one"
+    """Which features are compared, and when; the other two are ablations."""
+
+    def __post_init__(self) -> None:
+        if self.input_from == "teacher" and self.features != "one_by_one":
+            raise UserError(
+                f"{self.name}: input_from=teacher compares each stage by itself", got=f"features={self.features}"
+            )
 
     def plan(self, context: PlanContext) -> StagePlan:
-        """One stage per matched group, and one for the head."""
-        stages = [
-            StageSpec(
-                index=index,
-                name=student_groups[-1],
-                trains=student_groups,
-                taps=(Tap(student=student_groups[-1], teacher=teacher_group),),
-                num_steps=context.stage_steps,
-                optimizer=context.optimizer,
-            )
-            for index, (student_groups, teacher_group) in enumerate(context.matching)
-        ]
+        """One stage per matched group, or one for all of them with as many steps; and one for the head.
+
+        Raises:
+            UserError: the student cannot be fed with the teacher's features.
+        """
+        if self.input_from == "teacher":
+            stages = [_feature_stage(context, "blocks", context.matching, feeds=_feeds(context))]
+        elif self.features == "at_once":
+            stages = [_feature_stage(context, "features", context.matching)]
+        elif self.features == "last_only":
+            stages = [_feature_stage(context, "features", context.matching, compared=context.matching[-1:])]
+        else:
+            stages = [
+                _feature_stage(context, matched[0][-1], [matched], index=index)
+                for index, matched in enumerate(context.matching)
+            ]
         head = StageSpec(
             index=len(stages),
             name="head",
@@ -52,3 +75,43 @@ class Skd(BaseMethod):
             f"feature_mse/{tap.teacher}": LossTerm(feature_mse(student[tap.teacher], teacher[tap.teacher]))
             for tap in stage.taps
         }
+
+
+def _feature_stage(
+    context: PlanContext,
+    name: str,
+    trained: Sequence[Matched],
+    *,
+    index: int = 0,
+    compared: Sequence[Matched] | None = None,
+    feeds: tuple[Feed, ...] = (),
+) -> StageSpec:
+    """A stage without labels, with the steps of all that it trains; it compares all of that unless told otherwise."""
+    return StageSpec(
+        index=index,
+        name=name,
+        trains=student_groups_of(tuple(trained)),
+        taps=tuple(Tap(student=groups[-1], teacher=teacher) for groups, teacher in compared or trained),
+        feeds=feeds,
+        num_steps=len(trained) * context.stage_steps,
+        optimizer=context.optimizer,
+    )
+
+
+def _feeds(context: PlanContext) -> tuple[Feed, ...]:
+    """One behind every matched group but the last.
+
+    Only between features of equal width: a projection would have to be undone in the finished student, where a stage is
+    followed by the student's own next one. Layout and size are brought over without parameters.
+    """
+    feeds = tuple(Feed(student=groups[-1], teacher=teacher) for groups, teacher in context.matching[:-1])
+    for feed in feeds if context.teacher_groups else ():  # without a teacher the plan is refused as a whole
+        own, given = context.student_channels[feed.student], context.teacher_channels[feed.teacher]
+        if own != given:
+            raise UserError(
+                f"input_from=teacher: student group {feed.student} cannot be followed by the teacher's {feed.teacher}",
+                got=f"{own} and {given} channels",
+                expected="features of equal width",
+                do="choose a student of the teacher's widths, or input_from=student",
+            )
+    return feeds

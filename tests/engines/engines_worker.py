@@ -75,10 +75,10 @@ class ConvStage(nn.Module):
 class TwicePassed(ConvStage):
     """Goes through the same weights a second time, as a stage that attacks its teacher does."""
 
-    def forward(self, images: Tensor, boundary_images: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, given: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         outputs = super().forward(images)
-        if boundary_images is not None:
-            outputs["boundary"] = super().forward(boundary_images)["logits"]
+        if given:
+            outputs["boundary"] = super().forward(given["boundary_images"])["logits"]
         return outputs
 
 
@@ -214,13 +214,13 @@ def train(
     return losses
 
 
-def inputs(engine: Engine, case: Case, images: Tensor) -> tuple[Tensor, ...]:
+def inputs(engine: Engine, case: Case, images: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
     """What the engine's forward pass is given: with an attack, after a look at the predictions, more images."""
     if case.stage_module is not TwicePassed:
-        return (images,)
+        return images, {}
     predicted = engine.predict(images)["logits"]
     assert not predicted.requires_grad and engine.module.get_submodule("trained").training
-    return images, 255 - images[: MICRO_BATCH_SIZE // 2].float()
+    return images, {"boundary_images": 255 - images[: MICRO_BATCH_SIZE // 2].float()}
 
 
 def make(case: Case, module: nn.Module) -> Engine:

@@ -202,13 +202,14 @@ METHODS_APART: dict[str, dict[str, Any]] = {
     "mskd": {"method": "mskd"},
     "mskd_oto": {"method": "mskd_oto"},
     "skd-hinton": {"method": "skd,hinton"},
+    "skd-blocks": {"method": "skd", "method_options": "input_from=teacher"},
 }
 """Methods whose teacher can be on a rank of its own."""
 METHODS_ALONE = {name: {"method": name} for name in ("multi_exit", "dml", "one")}
 """Methods with companions and without a teacher."""
 METHODS_UNDER_ZERO = {
-    "zero2": ("fitnet", "rkd", "bss", "mskd", "multi_exit", "dml", "one"),
-    "zero3": ("fitnet", "rkd", "bss", "mskd", "multi_exit", "dml"),
+    "zero2": ("skd-blocks", "fitnet", "rkd", "bss", "mskd", "multi_exit", "dml", "one"),
+    "zero3": ("skd-blocks", "fitnet", "rkd", "bss", "mskd", "multi_exit", "dml"),
 }
 """Methods that bring a module of their own, compare samples, or run the student twice. `one` under ZeRO 3 drifts
 further from plain torch than rounding should take it (its loss by 2e-4 of itself in 12 steps): not understood yet."""

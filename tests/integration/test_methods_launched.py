@@ -13,7 +13,7 @@ from skd_dist.methods import METHODS
 def test_every_registered_method_is_launched() -> None:
     """The others have launches of their own; training a teacher is one of them."""
     launched = {case["method"] for case in (METHODS_APART | METHODS_ALONE).values()}
-    elsewhere = {"skd", "no_teacher", "simultaneous", "teacher_training", "teacher_training_exits"}
+    elsewhere = {"no_teacher", "simultaneous", "teacher_training", "teacher_training_exits"}
     assert set(METHODS) - elsewhere == {name for name in launched if "," not in name}
 
 
