@@ -203,7 +203,7 @@ def _pass_plan(runs: Sequence[OpenRun]) -> PassPlan | None:
     if any(run.prepared.shape != first.shape for run in runs):
         raise UserError(
             "runs that share a teacher pass have micro-batches of different sizes, from resume points of their own",
-            do="give --micro-batch-size, or --share-teacher-pass False",
+            do="give --micro-batch-size, or --no-share-teacher-pass",
         )
     assert first.models.teacher is not None, "runs without a teacher do not share"
     plans = [run.prepared.plan for run in runs]
