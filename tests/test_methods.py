@@ -50,6 +50,7 @@ def test_the_default_plan_passes_the_check_within_the_budget(name: str, folder: 
     budget = context.head_steps if name.startswith("teacher_training") else whole_budget(context)
     assert sum(stage.num_steps for stage in plan.stages) == budget
     assert method.compares_samples == (name in COMPARING)
+    assert plan.needs_teacher == method.needs_teacher == (name not in ALONE)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -32,6 +32,10 @@ class Composition(BaseMethod):
         return f"{self.body.name},{self.head.name}"
 
     @property
+    def needs_teacher(self) -> bool:
+        return self.body.needs_teacher or self.head.needs_teacher
+
+    @property
     def compares_samples(self) -> bool:
         return self.body.compares_samples or self.head.compares_samples
 

@@ -36,6 +36,10 @@ class Dml(BaseMethod):
     mutual_weight: float = 1.0
     """Of the KL to the other peers, beside cross-entropy with 1."""
 
+    @property
+    def needs_teacher(self) -> bool:
+        return False
+
     def plan(self, context: PlanContext) -> StagePlan:
         """A single stage over the budget of all SKD stages."""
         stage = StageSpec(

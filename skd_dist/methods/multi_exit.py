@@ -80,6 +80,10 @@ class MultiExit(BaseMethod):
     def companion_file(self) -> str | None:
         return EXITS
 
+    @property
+    def needs_teacher(self) -> bool:
+        return False
+
     def plan(self, context: PlanContext) -> StagePlan:
         """A single stage over the budget."""
         stage = StageSpec(

@@ -25,6 +25,10 @@ class NoTeacher(BaseMethod):
     equal_budget: bool = True
     """Whether it takes the steps of all SKD stages together, or those of the head stage alone."""
 
+    @property
+    def needs_teacher(self) -> bool:
+        return False
+
     def plan(self, context: PlanContext) -> StagePlan:
         """A single stage over the budget."""
         stage = StageSpec(

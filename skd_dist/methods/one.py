@@ -53,6 +53,10 @@ class One(BaseMethod):
         if not self.rampup_frac > 0:
             raise UserError("method one needs a ramp-up", got=self.rampup_frac, expected="rampup_frac above 0")
 
+    @property
+    def needs_teacher(self) -> bool:
+        return False
+
     def plan(self, context: PlanContext) -> StagePlan:
         """A single stage over the budget of all SKD stages.
 

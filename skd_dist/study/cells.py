@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from skd_dist.config import RunConfig
+from skd_dist.methods import find_method
 from skd_dist.study.budget import with_published_budget, with_total_duration
 from skd_dist.study.config import NONE, SELF, StudyConfig, check_study, split_method
-
-WITHOUT_TEACHER = frozenset(("no_teacher", "dml", "one", "multi_exit"))
-"""Methods whose result does not depend on the teacher: one cell for all --teachers."""
 
 _NOT_IN_NAMES = re.compile(r"[^\w.@=,+-]", re.ASCII)
 
@@ -106,7 +104,8 @@ class _Setting:
         return noise if self.imbalance == NONE else [*noise, f"tail{self.imbalance}"]
 
     def _is_alone(self, method: str) -> bool:
-        return split_method(method)[0] in WITHOUT_TEACHER
+        """Whether its result does not depend on the teacher: then there is one cell for all --teachers."""
+        return not find_method(*split_method(method)).needs_teacher
 
     def _run(self, name: str, **changes: Any) -> RunConfig:
         shared = {field.name: getattr(self.study, field.name) for field in dataclasses.fields(RunConfig)}

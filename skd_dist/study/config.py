@@ -4,6 +4,7 @@ Fields of a run that the grid sets are no flags here: a study has --methods, and
 """
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +19,7 @@ from skd_dist.toy import toy
 
 Budget = Literal["equal", "published"]
 
+_BETWEEN_OPTIONS = re.compile(r",(?=[\w.]+=)")
 SELF = "self"
 NONE = "none"
 
@@ -121,9 +123,9 @@ def _check_teachers(config: StudyConfig) -> None:
 
 
 def split_method(text: str) -> tuple[str, str]:
-    """`hinton@alpha=0.5` -> (`hinton`, `alpha=0.5`)."""
+    """`hinton@alpha=0.5,temperature=2` -> (`hinton`, `alpha=0.5 temperature=2`); a value may have commas of its own."""
     name, _, options = text.partition("@")
-    return name, options
+    return name, _BETWEEN_OPTIONS.sub(" ", options)
 
 
 def toy_study(config: StudyConfig) -> StudyConfig:
