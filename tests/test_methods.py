@@ -26,7 +26,7 @@ from torch import Tensor
 from skd_dist.contracts import Batch, LossTerms
 from skd_dist.errors import UserError
 from skd_dist.methods.multi_exit import LAST
-from skd_dist.methods.no_teacher import whole_budget
+from skd_dist.methods.stages import whole_budget
 from skd_dist.stage_loop import masked_mean
 
 ALONE = {"no_teacher", "teacher_training", "multi_exit", "teacher_training_exits", "dml", "one"}

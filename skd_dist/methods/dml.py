@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from skd_dist.contracts import Batch, LossTerm, LossTerms, Outputs, PlanContext, StageModels
 from skd_dist.losses import cross_entropy, distillation_kl
 from skd_dist.methods.base import BaseMethod
-from skd_dist.methods.no_teacher import whole_budget
+from skd_dist.methods.stages import whole_budget
 from skd_dist.models.create import create_model
 from skd_dist.models.cut import ModelCut, cut_model, run_cut, set_training
 from skd_dist.models.memory_format import arrange_images, set_memory_formats

@@ -21,7 +21,7 @@ from skd_dist.errors import UserError
 from skd_dist.losses import cross_entropy, distillation_kl
 from skd_dist.methods.base import BaseMethod
 from skd_dist.methods.multi_exit import check_early_weight, exits_of_student, logits_by_exit, probabilities_by_exit
-from skd_dist.methods.no_teacher import whole_budget
+from skd_dist.methods.stages import whole_stage
 from skd_dist.models.exits import EXITS, LAST, Exits, exit_groups, exit_output
 from skd_dist.plan import LOGITS, StagePlan, StageSpec
 
@@ -54,16 +54,11 @@ class Mskd(BaseMethod):
     def plan(self, context: PlanContext) -> StagePlan:
         """A single stage over the whole budget; one-to-one, `teacher_extra` has an output for each exit, in order."""
         groups = exits_of_student(context)
-        stage = StageSpec(
-            index=0,
-            name="all",
-            trains=context.student_groups,
-            student_logits=True,
+        stage = whole_stage(
+            context,
             student_features=groups,
             teacher_logits=True,
             teacher_extra=tuple(matched_output(group, context) for group in groups) if self.one_to_one else (),
-            num_steps=whole_budget(context),
-            optimizer=context.optimizer,
         )
         return StagePlan(method=self.name, stages=(stage,))
 

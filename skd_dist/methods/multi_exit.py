@@ -17,7 +17,7 @@ from skd_dist.contracts import Batch, LossTerm, LossTerms, Outputs, PlanContext,
 from skd_dist.errors import UserError
 from skd_dist.losses import cross_entropy
 from skd_dist.methods.base import BaseMethod
-from skd_dist.methods.no_teacher import whole_budget
+from skd_dist.methods.stages import whole_stage
 from skd_dist.models.exits import ENSEMBLE, EXITS, LAST, Exits, exit_groups, exit_output
 from skd_dist.plan import LOGITS, StagePlan, StageSpec
 
@@ -86,14 +86,10 @@ class MultiExit(BaseMethod):
 
     def plan(self, context: PlanContext) -> StagePlan:
         """A single stage over the budget."""
-        stage = StageSpec(
-            index=0,
-            name="all",
-            trains=context.student_groups,
-            student_logits=True,
+        stage = whole_stage(
+            context,
             student_features=exits_of_student(context),
-            num_steps=whole_budget(context) if self.equal_budget else context.head_steps,
-            optimizer=context.optimizer,
+            num_steps=None if self.equal_budget else context.head_steps,
         )
         return StagePlan(method=self.name, stages=(stage,))
 
