@@ -127,6 +127,11 @@ class Method(Protocol):
         ...
 
     @property
+    def learns_from_exits(self) -> bool:
+        """Whether its plans ask for exits of the teacher, which must have been trained with them."""
+        ...
+
+    @property
     def compares_samples(self) -> bool:
         """Whether a loss looks at several samples of a micro-batch at once: then its size changes the result."""
         ...

@@ -17,6 +17,7 @@ from skd_dist.attack import BOUNDARY, BOUNDARY_LOGITS, BOUNDARY_SLOTS, BOUNDARY_
 from skd_dist.contracts import Batch, LossTerm, LossTerms, Outputs, PlanContext
 from skd_dist.losses import cross_entropy, soft_cross_entropy
 from skd_dist.methods.base import BaseMethod
+from skd_dist.methods.fields import check_positive, check_share, check_weight
 from skd_dist.methods.stages import whole_budget, whole_stage
 from skd_dist.plan import LOGITS, StagePlan, StageSpec
 
@@ -34,6 +35,11 @@ class Bss(BaseMethod):
     """Of boundary samples at the start."""
     boundary_frac: float = 0.75
     """Share of the steps after which boundary samples count nothing; from there on nothing is attacked."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "temperature")
+        check_weight(self, "soft_weight", "boundary_weight")
+        check_share(self, "boundary_frac")
 
     @property
     def compares_samples(self) -> bool:

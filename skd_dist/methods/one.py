@@ -27,6 +27,7 @@ from skd_dist.contracts import Batch, LossTerm, LossTerms, Outputs, PlanContext,
 from skd_dist.errors import UserError
 from skd_dist.losses import cross_entropy, distillation_kl, pooled
 from skd_dist.methods.base import BaseMethod
+from skd_dist.methods.fields import check_positive
 from skd_dist.methods.stages import whole_stage
 from skd_dist.models.create import create_model
 from skd_dist.models.cut import ModelCut
@@ -50,8 +51,7 @@ class One(BaseMethod):
     def __post_init__(self) -> None:
         if self.num_branches < 2:
             raise UserError("method one needs branches", got=self.num_branches, expected="num_branches of 2 or more")
-        if not self.rampup_frac > 0:
-            raise UserError("method one needs a ramp-up", got=self.rampup_frac, expected="rampup_frac above 0")
+        check_positive(self, "temperature", "rampup_frac")
 
     @property
     def needs_teacher(self) -> bool:

@@ -15,6 +15,7 @@ from skd_dist.data.imbalance import parse_imbalance
 from skd_dist.data.label_noise import parse_label_noise
 from skd_dist.duration import parse_duration
 from skd_dist.errors import UserError
+from skd_dist.methods import find_method
 from skd_dist.toy import toy
 
 Budget = Literal["equal", "published"]
@@ -46,8 +47,8 @@ class StudyConfig(RunConfig):
     """equal: as many steps for every method; published: as the code of arXiv 1911.06786 has them, where it does."""
     baseline: str = "no_teacher"
     """Method that the table holds all others against."""
-    teacher_method: Literal["teacher_training", "multi_exit"] = "teacher_training"
-    """How teachers are trained; multi_exit: with exits, which mskd_oto needs."""
+    teacher_method: Literal["teacher_training", "teacher_training_exits"] = "teacher_training"
+    """How teachers are trained; teacher_training_exits: with exits, which mskd_oto needs."""
     teacher_initial: str | None = None
     """Weights that teachers begin with: a file, or `pretrained`; default: random."""
     teacher_duration: str = "50epochs"
@@ -104,10 +105,11 @@ def check_study(config: StudyConfig) -> None:
 
 def _check_teachers(config: StudyConfig) -> None:
     if config.teacher_checkpoint is None:
-        if "mskd_oto" in {split_method(method)[0] for method in config.methods} and (
-            config.teacher_method != "multi_exit"
-        ):
-            raise UserError("mskd_oto learns from the exits of its teacher", do="give --teacher-method multi_exit")
+        exits = [name for name in config.methods if find_method(*split_method(name)).learns_from_exits]
+        if exits and config.teacher_method != "teacher_training_exits":
+            raise UserError(
+                f"{exits[0]} learns from the exits of its teacher", do="give --teacher-method teacher_training_exits"
+            )
         return
     if len(config.teachers) > 1:
         raise UserError(

@@ -122,9 +122,9 @@ def test_the_table_of_exits() -> None:
     records = [Record(place=str(at), config=config(), summary=found) for at, found in enumerate(runs)]
     table = exits_table(records, to_runs(records, TEST), measure=TEST, baseline="no_teacher")
     assert table.splitlines()[3:6] == [
-        "| mskd | small | 0.1 | - | stage1 | 2 | 60.00 ± 0.00 | -15.00 | -20.00 to -10.00 | 100 | 1.0 |",
-        "| mskd | small | 0.1 | - | last | 2 | 85.00 ± 7.07 | +10.00 | +10.00 to +10.00 | 200 | 2.0 |",
-        "| mskd | small | 0.1 | - | ensemble | 2 | 84.00 ± 2.83 | +9.00 | +6.00 to +12.00 | 300 | 3.0 |",
+        "| mskd | small | big | 0.1 | - | stage1 | 2 | 60.00 ± 0.00 | -15.00 | -20.00 to -10.00 | 100 | 1.0 |",
+        "| mskd | small | big | 0.1 | - | last | 2 | 85.00 ± 7.07 | +10.00 | +10.00 to +10.00 | 200 | 2.0 |",
+        "| mskd | small | big | 0.1 | - | ensemble | 2 | 84.00 ± 2.83 | +9.00 | +6.00 to +12.00 | 300 | 3.0 |",
     ]
     assert len({row.count("|") for row in table.splitlines()[1:6]}) == 1
 

@@ -142,7 +142,18 @@ def test_budgets() -> None:
             "--label-noises none symmetric:0.2 --imbalances none; leave --teacher-checkpoint out, and teachers are tr",
         ),
         ({"teacher_checkpoint": "t", "teachers": ("a", "b")}, "--teacher-checkpoint is of one network; got a b; give"),
-        ({"methods": ("mskd_oto",)}, "mskd_oto learns from the exits of its teacher; give --teacher-method multi_exit"),
+        *(
+            (
+                {"methods": (name,)},
+                f"{name} learns from the exits of its teacher; give --teacher-method",
+            )
+            for name in ("mskd_oto", "mskd@one_to_one=true")
+        ),
+        (
+            {"students": ("resnet18",), "teachers": ("resnet34", "test_vit")},
+            "with these --teachers resnet18 trains in unequal numbers of stages, and so of steps; got resnet34: 6, "
+            "test_vit: 5; study them apart",
+        ),
         (
             {"methods": ("rkd",), "budget": "published"},
             "--budget published: none is known for rkd; expected skd, no_teacher, simultaneous, hinton, at, hint_two",
@@ -186,5 +197,5 @@ def test_a_method_of_the_user_s_that_needs_no_teacher_gets_none(tmp_path: Path) 
     file.write_text(
         "from skd_dist.methods.no_teacher import NoTeacher\n\n\nclass Alone(NoTeacher):\n    __slots__ = ()\n"
     )
-    cells = cells_of(study(methods=(f"{file}:Alone",), seeds=(0,), teachers=("test_resnet", "test_vit")))
+    cells = cells_of(study(methods=(f"{file}:Alone",), seeds=(0,), teachers=("test_resnet", "skd_narrow_resnet26")))
     assert len(cells) == 1 and cells[0].teacher_checkpoint is None
