@@ -6,7 +6,7 @@ Command:
     deepspeed recipes/skd_grid.py --resume-or-start --budget equal --seeds 0 1 2 --run-dir runs/skd_grid-equal
 
 Paper: Kulkarni et al., "Data Efficient Stagewise Knowledge Distillation", arXiv 1911.06786, as its code has it: Adam,
-lr 1e-4, no schedule, batch 64, 100 epochs a stage, the weights with the lowest validation loss, one seed; a ResNet-34
+lr 1e-4, no schedule, batch 64, 100 epochs a stage, the weights best on validation images, one seed; a ResNet-34
 with ImageNet weights, fine-tuned for 50 epochs with a one-cycle schedule. SKD takes six times the steps of the others
 but the hint (twice): --budget published, the default here. --budget equal is the fair comparison.
 Where this departs: a tenth of the training images is held out to choose weights by, and the test images are for the

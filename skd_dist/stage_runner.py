@@ -32,14 +32,14 @@ from skd_dist.shared_pass import BatchKey, KeyedBatches, Turns
 from skd_dist.stage_loop import run_stage
 from skd_dist.stage_resume import begin, make_checkpointer, start_state
 from skd_dist.stage_side import State, StudentSide
-from skd_dist.stage_values import mean_nmse
+from skd_dist.stage_values import is_better, mean_nmse
 from skd_dist.student import StageModule, build_stage_module, companion_part, student_part
 
 REPORTS_PER_STAGE = 50
 """Points of a stage's curves: enough to see its shape, few enough for any store."""
 
 EVALUATIONS_PER_STAGE = 10
-"""How often `--stage-weights best` looks at the validation loss; the published code looks once per epoch."""
+"""How often `--stage-weights best` looks at the validation images; the published code looks once per epoch."""
 
 
 class StageResult(NamedTuple):
@@ -99,7 +99,7 @@ def train_stage(side: StudentSide, stage: StageSpec, state: State) -> Turns[Stag
         now = engine.full_state()
         now_values = validate(side, stage, now, after_batch=leave_if_needed)
         _report(side, stage, stop, now_values)
-        if chosen is None or config.stage_weights == "last" or now_values["val/loss"] < chosen_values["val/loss"]:
+        if chosen is None or config.stage_weights == "last" or is_better(now_values, chosen_values):
             chosen, chosen_values = now, now_values
         if config.stage_weights == "best":
             checkpointer.chosen, checkpointer.chosen_values = chosen, chosen_values
@@ -212,7 +212,7 @@ def _turn_ends(side: StudentSide, stage: StageSpec, *, start: int, stop: int) ->
 
 
 def _stops(stage: StageSpec, *, best: bool) -> list[int]:
-    """Where training pauses to look at the validation loss; the last is the stage's end."""
+    """Where training pauses to look at the validation images; the last is the stage's end."""
     length = max(1, -(-stage.num_steps // EVALUATIONS_PER_STAGE)) if best else stage.num_steps
     return [*range(length, stage.num_steps, length), stage.num_steps]
 

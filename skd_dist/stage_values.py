@@ -56,6 +56,16 @@ def with_nmse(values: Mapping[str, float], stage: StageSpec) -> dict[str, float]
     return found
 
 
+def is_better(values: Mapping[str, float], other: Mapping[str, float]) -> bool:
+    """Whether one validation of a stage is better than another: by accuracy where it has logits, else by its loss.
+
+    A loss with terms beside the labels' would choose by them as well. Reference: as the code of arXiv 1911.06786 does.
+    """
+    if "val/top1_frac" in values:
+        return values["val/top1_frac"] > other["val/top1_frac"]
+    return values["val/loss"] < other["val/loss"]
+
+
 def mean_nmse(values: Mapping[str, float]) -> float | None:
     """Mean over the taps of a report, whatever its prefix; None where the stage compares no features."""
     found = [value for name, value in values.items() if "/nmse/" in name]

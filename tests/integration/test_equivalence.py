@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import losses_of, stage_states, summary_of
+from launching import events_of, losses_of, stage_states, summary_of
 
 from skd_dist.models.cut import cut_model
 
@@ -85,7 +85,18 @@ def test_frozen_batchnorm_train_lets_statistics_drift_and_nothing_else(one_proce
     assert moved - own and moved - own <= set(earlier)
 
 
-def test_best_weights_are_those_of_the_lowest_validation_loss(one_process: Path) -> None:
-    run = summary_of(one_process / "alone-best")
-    assert [stage["name"] for stage in run["stages"]] == [name.partition("-")[2] for name in STAGES]
-    assert all(stage["val"]["loss"] > 0 for stage in run["stages"])
+def test_best_weights_are_those_that_validate_best(one_process: Path) -> None:
+    """By the loss in feature stages, by accuracy in the head; each was looked at after every step."""
+    run = one_process / "alone-best"
+    seen: dict[str, list[dict[str, float]]] = {}
+    for event in events_of(run):
+        if event.kind == "metrics" and event.data["stage"] and "val/loss" in event.data["values"]:
+            seen.setdefault(event.data["stage"], []).append(event.data["values"])
+    stages = {stage["name"]: stage["val"] for stage in summary_of(run)["stages"]}
+    assert list(seen) == list(stages) and {name: len(found) for name, found in seen.items() if name != "head"} == (
+        dict.fromkeys(list(stages)[:-1], 4)
+    )
+    for name, found in seen.items():
+        key, best = ("top1_frac", max) if name == "head" else ("loss", min)
+        assert stages[name][key] == best(values[f"val/{key}"] for values in found), name
+    assert any(stages[name]["loss"] < found[-1]["val/loss"] for name, found in seen.items()), "the last were the best"
