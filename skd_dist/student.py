@@ -16,7 +16,7 @@ from skd_dist.attack import BOUNDARY, BOUNDARY_IMAGES
 from skd_dist.contracts import Method, Outputs, StageModels
 from skd_dist.models.create import create_model
 from skd_dist.models.cut import ModelCut, run_cut, set_training
-from skd_dist.models.feeding import make_feed_points
+from skd_dist.models.feeding import FeedPoints, check_feeding
 from skd_dist.models.memory_format import arrange_images, set_memory_formats
 from skd_dist.plan import LOGITS, StageSpec
 
@@ -61,8 +61,7 @@ class StageModule(nn.Module):
         self._cut = cut
         self._stage = stage
         self._frozen_batchnorm = frozen_batchnorm
-        fed_groups = [feed.student for feed in stage.feeds]
-        self._feed_points = make_feed_points(model, cut, fed_groups) if fed_groups else None
+        self._feed_points = _make_feed_points(model, cut, stage)
         set_memory_formats(model, cut, weights_too=False)  # behind the feed points: it arranges what they give
         self.train()
 
@@ -137,6 +136,14 @@ def _make_inlets(stage: StageSpec, cut: ModelCut, teacher_cut: ModelCut | None) 
         assert source is not None and target is not None, "the head has no feature"
         inlets[feed.student] = make_adapter(source, target)
     return nn.ModuleDict(inlets)
+
+
+def _make_feed_points(model: nn.Module, cut: ModelCut, stage: StageSpec) -> FeedPoints | None:
+    groups = tuple(feed.student for feed in stage.feeds)
+    if not groups:
+        return None
+    check_feeding(cut, groups)
+    return FeedPoints(model, cut, groups)
 
 
 def fed_features(stage: StageSpec, targets: Outputs | None) -> dict[str, Tensor]:

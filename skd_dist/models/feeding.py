@@ -8,12 +8,14 @@ notes what the group made and lets the network go on with what was given instead
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from skd_dist.errors import UserError
+from skd_dist.models.create import create_model
 from skd_dist.models.cut import ModelCut, run_cut
 from skd_dist.models.features import FeatureShape, find_ends
 from skd_dist.models.probe import lively_copy, probe_images
@@ -34,7 +36,7 @@ class FeedPoints:
     Args:
         model: the network of `cut`; it keeps the hooks. Between two calls of `feeding` they do nothing.
         cut: its groups.
-        groups: those after which it can be fed; none is the head.
+        groups: those after which it can be fed (`check_feeding`); none is the head.
     """
 
     def __init__(self, model: nn.Module, cut: ModelCut, groups: Sequence[str]) -> None:
@@ -79,23 +81,27 @@ def _is_channels_last(output: Tensor, feature: FeatureShape) -> bool:
     return feature.layout == "map" and output.shape[1:] != feature.shape and output.shape[1:] == maps_last
 
 
-def make_feed_points(model: nn.Module, cut: ModelCut, groups: Sequence[str]) -> FeedPoints:
-    """`FeedPoints` of a network that was seen to allow them.
+@cache
+def check_feeding(cut: ModelCut, groups: tuple[str, ...]) -> None:
+    """Refuse a network that cannot be fed after these groups, before anybody trains it; looked at once per process.
 
     Args:
-        model: on the CPU; it keeps the hooks and is otherwise untouched.
+        groups: in network order; none is the head.
 
     Raises:
-        UserError: it cannot be fed there; mostly because a later part reads more than the feature before it.
+        UserError: a later part reads more than the feature before it, or a feature is not what one module gives.
     """
-    network = lively_copy(model)
-    _check(network, cut, groups, FeedPoints(network, cut, groups))
-    return FeedPoints(model, cut, groups)
+    check_network(create_model(cut.name, num_classes=cut.num_classes, image_size=cut.image_size, seed=0), cut, groups)
 
 
-def _check(network: nn.Module, cut: ModelCut, groups: Sequence[str], points: FeedPoints) -> None:
-    """Groups must make what `run_cut` gives, and fed alike, nothing behind them may tell two images apart."""
-    later, images = cut.group_names[1 + cut.group_names.index(groups[0]) : -1], probe_images(cut)
+def check_network(model: nn.Module, cut: ModelCut, groups: Sequence[str]) -> None:
+    """`check_feeding` of the network given, which stays as it is.
+
+    Groups must make what `run_cut` gives, and fed alike, nothing behind them may tell two images apart.
+    """
+    network, images = lively_copy(model), probe_images(cut)
+    points = FeedPoints(network, cut, groups)
+    later = cut.group_names[1 + cut.group_names.index(groups[0]) : -1]
     with torch.no_grad():
         expected = run_cut(cut, network, images, taps=list(groups), logits=False)
         with points.feeding({}) as made:

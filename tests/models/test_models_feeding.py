@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from skd_dist.errors import UserError
 from skd_dist.models.create import create_model
 from skd_dist.models.cut import ModelCut, cut_model, run_cut
-from skd_dist.models.feeding import FeedPoints, make_feed_points
+from skd_dist.models.feeding import FeedPoints, check_feeding, check_network
 from skd_dist.models.tail import tail_of
 from skd_dist.plan import LOGITS
 
@@ -48,7 +48,8 @@ def test_each_group_goes_on_from_what_is_given(family: str) -> None:
     """Fed with the features of other images it gives what the rest of the network gives for these."""
     model, cut = build(*FAMILIES[family])
     names = [name for name in cut.group_names if name != "head"]
-    points = make_feed_points(model, cut, names[:-1])
+    check_feeding(cut, tuple(names[:-1]))
+    points = FeedPoints(model, cut, names[:-1])
     own, others = images(cut, seed=3), images(cut, seed=4)
     with torch.no_grad():
         plain, other = (run_cut(cut, model, seen, taps=names, logits=True) for seen in (own, others))
@@ -63,7 +64,7 @@ def test_each_group_goes_on_from_what_is_given(family: str) -> None:
 
 def test_a_single_place_can_be_fed() -> None:
     model, cut = build("test_resnet", 32)
-    points = make_feed_points(model, cut, ["stage1", "stage2"])
+    points = FeedPoints(model, cut, ["stage1", "stage2"])
     feature = torch.rand(3, *cut.group("stage2").feature.shape)  # type: ignore[union-attr]
     with torch.no_grad():
         fed = run_fed(points, cut, model, images(cut, seed=3), {"stage2": feature})
@@ -73,7 +74,7 @@ def test_a_single_place_can_be_fed() -> None:
 
 def test_no_gradient_crosses_a_place_that_is_fed_and_none_reaches_what_is_given() -> None:
     model, cut = build("test_resnet", 32)
-    points = make_feed_points(model, cut, ["stage1", "stage2", "stage3"])
+    points = FeedPoints(model, cut, ["stage1", "stage2", "stage3"])
     given = {
         name: torch.rand(3, *cut.group(name).feature.shape)  # type: ignore[union-attr]
         for name in ("stage1", "stage2", "stage3")
@@ -90,7 +91,7 @@ def test_no_gradient_crosses_a_place_that_is_fed_and_none_reaches_what_is_given(
 
 def test_half_precision_is_brought_to_the_student_s() -> None:
     model, cut = build("test_resnet", 32)
-    points = make_feed_points(model, cut, ["stage1"])
+    points = FeedPoints(model, cut, ["stage1"])
     feature = torch.rand(3, *cut.group("stage1").feature.shape, dtype=torch.bfloat16)  # type: ignore[union-attr]
     with torch.no_grad():
         fed = run_fed(points, cut, model, images(cut, seed=3), {"stage1": feature})
@@ -120,4 +121,4 @@ def test_a_group_that_reads_more_is_refused() -> None:
     model.add_module("layer3", SecondWay(model))
     line = "model test_resnet cannot be fed in its middle; got group .*: it reads more than the feature before it"
     with pytest.raises(UserError, match=line):
-        make_feed_points(model, cut, ["stage2"])
+        check_network(model, cut, ["stage2"])
