@@ -43,7 +43,7 @@ def _prepare_without_traces(config: RunConfig, roles: RoleMap, scratch: Path) ->
     if uses_embedded_data(config):
         config = dataclasses.replace(config, run_dir=scratch / "run")
         unpack_embedded_data(config)
-    return prepare_run(config, num_students=len(roles.student_ranks), keep_index=False)
+    return prepare_run(config, num_students=roles.num_students, keep_index=False)
 
 
 def _header(prepared: Prepared) -> str:
@@ -64,8 +64,11 @@ def _roles(roles: RoleMap, world: World) -> str:
     lines = ["roles"]
     for rank in range(roles.world_size):
         node, device = divmod(rank, world.ranks_per_node)
-        asks = f", asks teachers {list(roles.teachers_of(rank))}" if roles.role_of(rank) == "student" else ""
-        lines.append(f"  rank {rank}  node {node} device {device}  {roles.role_of(rank)} {roles.role_rank(rank)}{asks}")
+        is_student = roles.role_of(rank) == "student" and roles.num_peers == 1
+        asks = f", asks teachers {list(roles.teachers_of(rank))}" if is_student else ""
+        of_peer = f" of peer {roles.peer_of(rank)}" if roles.num_peers > 1 else ""
+        role = f"{roles.role_of(rank)} {roles.role_rank(rank)}{of_peer}"
+        lines.append(f"  rank {rank}  node {node} device {device}  {role}{asks}")
     return "\n".join(lines)
 
 

@@ -42,6 +42,9 @@ EVALUATIONS_PER_STAGE = 10
 """How often `--stage-weights best` looks at the validation loss; the published code looks once per epoch."""
 
 
+_COHORT_LOSS = "val/cohort_loss"
+
+
 class StageResult(NamedTuple):
     """What a stage came to."""
 
@@ -93,13 +96,14 @@ def train_stage(side: StudentSide, stage: StageSpec, state: State) -> Turns[Stag
                     report_every=max(1, stage.num_steps // REPORTS_PER_STAGE),
                     on_report=lambda step, values: _report(side, stage, step, {**values, **side.quarantine.metrics()}),
                     interruptions=checkpointer,
+                    cohort=side.cohort,
                 )
             yield
         leave_if_needed()
         now = engine.full_state()
         now_values = validate(side, stage, now, after_batch=leave_if_needed)
         _report(side, stage, stop, now_values)
-        if chosen is None or config.stage_weights == "last" or now_values["val/loss"] < chosen_values["val/loss"]:
+        if chosen is None or config.stage_weights == "last" or _score(now_values) < _score(chosen_values):
             chosen, chosen_values = now, now_values
         if config.stage_weights == "best":
             checkpointer.chosen, checkpointer.chosen_values = chosen, chosen_values
@@ -142,9 +146,19 @@ def validate(side: StudentSide, stage: StageSpec, module_state: State, *, after_
             ask=side.ask,
             device=side.device,
             after_batch=after_batch,
+            cohort=side.cohort,
         )
     side.quarantine.settle_if_needed()
+    if side.cohort is not None:
+        # What the loss is where all peers are in one engine; so the same weights are chosen there and here.
+        losses = side.cohort.board.gather("validated", repr(values["val/loss"]))
+        values[_COHORT_LOSS] = sum(map(float, losses[:: side.board.world_size]))
     return values
+
+
+def _score(values: Mapping[str, float]) -> float:
+    """By which `--stage-weights best` chooses; less is better."""
+    return values.get(_COHORT_LOSS, values["val/loss"])
 
 
 def check_frozen(
@@ -296,8 +310,16 @@ def _companion(side: StudentSide, module_state: Mapping[str, Tensor]) -> Compani
 
 
 def _publish(side: StudentSide, stage: StageSpec, result: StageResult) -> None:
-    if not side.writes:
-        return
+    if side.writes:
+        _write_result(side, stage, result)
+    if side.cohort is not None:
+        # A peer that is killed before it has published goes on from a resume point that the others must have too.
+        side.cohort.board.gather(f"published {stage.name}", "")
+    if side.writes:
+        remove_all(side.resume_root(stage))
+
+
+def _write_result(side: StudentSide, stage: StageSpec, result: StageResult) -> None:
     write_stage_result(
         side.stage_directory(stage),
         result.state,
@@ -314,4 +336,3 @@ def _publish(side: StudentSide, stage: StageSpec, result: StageResult) -> None:
         companion=result.companion,
     )
     side.tracker.log_published("stage_result", stage=stage.name, step=stage.num_steps)
-    remove_all(side.resume_root(stage))
