@@ -156,7 +156,8 @@ def _track(run: OpenRun, job: Job, guards: Guards, display: RunDisplay) -> OpenR
             tracker = track_run(run.prepared, job, run.run_key, run.digest, notify=display.notice)
         guards.emergency.watch(tracker, run.config)
         run = dataclasses.replace(run, tracker=tracker)
-    display.start_run(f"{run.config.name}: {run.config.method}", len(run.prepared.plan.stages))
+    part = f", peer {job.peer} of {job.roles.num_peers}" if job.roles.num_peers > 1 else ""
+    display.start_run(f"{run.config.name}: {run.config.method}{part}", len(run.prepared.plan.stages))
     if unused := teacher_not_used(run.prepared):
         display.notice(unused)
     return run
@@ -290,6 +291,7 @@ def _summary(prepared: Prepared, found: dict[str, Any], digest: str | None, trac
         "plan_digest": prepared.plan.digest(),
         "teacher": {"name": config.teacher, "digest": digest, "top1_frac": found.pop("teacher_top1_frac")},
         "student": {"name": config.student, "num_params": found.pop("num_params")},
+        **({} if prepared.peer is None else {"peer": prepared.peer.number}),
         **found,
         "mlflow": tracker.summary(),
     }
