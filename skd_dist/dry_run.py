@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from skd_dist.cohort import take_part
 from skd_dist.config import RunConfig
 from skd_dist.data.selection import describe_steps
 from skd_dist.models.cost import GroupCost, exit_costs, group_costs
@@ -43,7 +44,8 @@ def _prepare_without_traces(config: RunConfig, roles: RoleMap, scratch: Path) ->
     if uses_embedded_data(config):
         config = dataclasses.replace(config, run_dir=scratch / "run")
         unpack_embedded_data(config)
-    return prepare_run(config, num_students=roles.num_students, keep_index=False)
+    prepared = prepare_run(config, num_students=roles.num_students, keep_index=False)
+    return take_part(prepared, 1) if roles.num_peers > 1 else prepared
 
 
 def _header(prepared: Prepared) -> str:
