@@ -1,6 +1,6 @@
 """MSKD and its one-to-one form on CIFAR-100: a student with exits, its controls, and first their teacher, with exits.
 
-The teacher is trained with a cross-entropy at every exit (`multi_exit`). All students learn from this one teacher:
+The teacher is trained with a cross-entropy at every exit. All students learn from this one teacher:
 `mskd` from its last output at every exit, `mskd_oto` exit from exit, `hinton` from its last output without exits of its
 own; `multi_exit` has exits and no teacher, `no_teacher` neither. MSKD must beat the control with exits for distillation
 to matter, and `hinton` for exits to matter.
@@ -14,8 +14,8 @@ hand; it names CIFAR-100 and Tiny ImageNet. Networks (ResNet-34 to ResNet-18) ar
 usual CIFAR-100 benchmark (RepDistiller): 240 epochs, batch 64, SGD, lr 0.05, weight decay 5e-4; its three steps of the
 learning rate are a cosine here. A tenth of the training images is held out for validation.
 Cost: not measured on GPUs yet.
-Expected: no figure of the paper could be found. The table compares last exits, which is what RUN/student holds; exits
-and ensembles are in each run's summary. Ours: not measured on GPUs yet.
+Expected: no figure of the paper could be found. The table compares last exits, which is what RUN/student holds; a
+second one has exits and ensembles. Ours: not measured on GPUs yet.
 """
 
 from pathlib import Path
@@ -44,7 +44,7 @@ def config() -> StudyConfig:
         teachers=("resnet34",),
         fractions=(1.0,),
         seeds=(0, 1, 2),
-        teacher_method="multi_exit",
+        teacher_method="teacher_training_exits",
         teacher_duration="240epochs",
         run_dir=Path("runs/mskd"),
     )

@@ -14,7 +14,7 @@ table alone (there the test images did both; for that give --val-holdout None --
 is 4,500 images, not 5,000. Augmentation is `shift`, the nearest to theirs, which turned, zoomed, warped and lit images
 and did not mirror them. The head is one linear layer on averages; theirs had two on averages and maxima.
 Cost: not measured on GPUs yet.
-Expected (repository figures, top-1 %, ResNet-10 to -26, teacher 87.51): SKD 77.7 to 78.2 at 10 % and 84.8 to 86.6 at
+Expected (repository figures, top-1 %, ResNet-10 to -26, teacher 87.51): SKD 77.2 to 78.2 at 10 % and 84.8 to 86.6 at
 100 %; no teacher 53.1 to 57.5 and 77.4 to 78.3. Ours: not measured on GPUs yet.
 """
 

@@ -22,8 +22,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import tyro
+
 from skd_dist.cli import main
 from skd_dist.config import RunConfig
+from skd_dist.errors import UserError
 from skd_dist.toy import toy
 
 
@@ -34,6 +37,10 @@ class TeacherConfig(RunConfig):
     exits: bool = False
     """Train a teacher with several exits, for mskd_oto."""
 
+    # The network is --teacher, and how it trains is --exits.
+    student: tyro.conf.Suppress[str] = ""
+    method: tyro.conf.Suppress[str] = ""
+
 
 def config() -> TeacherConfig:
     return TeacherConfig(
@@ -41,14 +48,12 @@ def config() -> TeacherConfig:
         val_shards="data/imagenet/val",
         num_classes=1000,
         teacher="resnet34",
-        student="resnet34",
         fraction=1.0,
         teacher_ranks=0,
         global_batch_size=128,
         head_duration="50epochs",
         lr=1e-3,
         schedule="one_cycle",
-        method="teacher_training",
         engine="accelerate",
         run_dir=Path("runs/teacher"),
     )
@@ -56,13 +61,12 @@ def config() -> TeacherConfig:
 
 def as_training(parsed: TeacherConfig) -> Sequence[RunConfig]:
     """The teacher takes the student's place: it is what trains."""
-    method = "teacher_training_exits" if parsed.exits else parsed.method
     if parsed.teacher is None:
-        return (dataclasses.replace(parsed, method=method),)
+        raise UserError("no network to train", do="give --teacher")
     return (
         dataclasses.replace(
             parsed,
-            method=method,
+            method="teacher_training_exits" if parsed.exits else "teacher_training",
             student=parsed.teacher,
             student_checkpoint=parsed.teacher_checkpoint,
             teacher=None,

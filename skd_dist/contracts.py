@@ -122,6 +122,16 @@ class Method(Protocol):
     def name(self) -> str: ...
 
     @property
+    def needs_teacher(self) -> bool:
+        """Whether its plans ask a teacher for anything. A study gives one cell to all teachers where they do not."""
+        ...
+
+    @property
+    def learns_from_exits(self) -> bool:
+        """Whether its plans ask for exits of the teacher, which must have been trained with them."""
+        ...
+
+    @property
     def compares_samples(self) -> bool:
         """Whether a loss looks at several samples of a micro-batch at once: then its size changes the result."""
         ...

@@ -20,6 +20,7 @@ from skd_dist.job.consensus import JobEnded, agree, check_shared_directory
 from skd_dist.job.rendezvous import Job
 from skd_dist.link.ask_ahead import AskAhead
 from skd_dist.link.cohort import CohortLink, open_cohort_link
+from skd_dist.methods import find_method
 from skd_dist.prepare import Prepared, teacher_not_used
 from skd_dist.run_record import write_summary
 from skd_dist.run_setup import (
@@ -83,6 +84,10 @@ def groups_of(configs: Sequence[RunConfig]) -> list[list[RunConfig]]:
 def _share(one: RunConfig, other: RunConfig) -> bool:
     # A bad sample is found by one run and not read by the others, who would have to be told.
     if not one.share_teacher_pass or one.teacher is None or one.on_bad_sample == "quarantine":
+        return False
+    # A teacher with exits is another teacher, by its digest.
+    with_exits = [find_method(run.method, run.method_options).learns_from_exits for run in (one, other)]
+    if with_exits[0] != with_exits[1]:
         return False
     names = {field.name for field in dataclasses.fields(RunConfig)} - _MAY_DIFFER
     return all(getattr(one, name) == getattr(other, name) for name in names)
@@ -211,7 +216,7 @@ def _pass_plan(runs: Sequence[OpenRun]) -> PassPlan | None:
     if any(run.prepared.shape != first.shape for run in runs):
         raise UserError(
             "runs that share a teacher pass have micro-batches of different sizes, from resume points of their own",
-            do="give --micro-batch-size, or --share-teacher-pass False",
+            do="give --micro-batch-size, or --no-share-teacher-pass",
         )
     assert first.models.teacher is not None, "runs without a teacher do not share"
     plans = [run.prepared.plan for run in runs]
@@ -284,6 +289,7 @@ def _summary(prepared: Prepared, found: dict[str, Any], digest: str | None, trac
         "fraction": config.fraction,
         "seed": config.seed,
         "num_train_samples": len(prepared.splits.train_ids),
+        "num_compared_samples": prepared.shape.micro_batch_size if prepared.method.compares_samples else None,
         "data_digest": prepared.splits.digest,
         "val_digest": prepared.splits.val_digest,
         "test_digest": prepared.splits.test.digest if prepared.splits.test else None,

@@ -65,7 +65,15 @@ def run_student(side: StudentSide) -> Turns[dict[str, Any]]:
         **measured,
         **beside,
         "weights_digest": weights_digest(state),
+        "whole_digest": weights_digest({**state, **_named_after_file(companion)}),
     }
+
+
+def _named_after_file(companion: Companion | None) -> State:
+    """Its tensors as a teacher with exits names them: then its digest is the one that its students write down."""
+    if companion is None:
+        return {}
+    return {f"{companion.file}/{name}": value for name, value in companion.state.items()}
 
 
 def measure_teacher(side: StudentSide) -> float | None:

@@ -11,7 +11,7 @@ from skd_dist.config import RunConfig
 from skd_dist.errors import UserError
 from skd_dist.models.create import PRETRAINED
 from skd_dist.models.cut import ModelCut
-from skd_dist.models.exits import group_of, is_exit
+from skd_dist.models.exits import exit_groups, group_of, is_exit
 from skd_dist.plan import LOGITS, StagePlan
 
 
@@ -74,8 +74,7 @@ def check_ensemble(plan: StagePlan, teachers: Sequence[ModelCut]) -> None:
 
 def _shape_of(cut: ModelCut, output: str) -> str:
     """What an output looks like, in words; of an exit it is enough that there is one."""
-    group = group_of(output) if is_exit(output) else output
-    feature = cut.group(group).feature if group in cut.group_names else None
-    if feature is None:
-        return "nothing"
-    return "an exit" if is_exit(output) else f"{feature.layout} {'x'.join(map(str, feature.shape))}"
+    if is_exit(output):
+        return "an exit" if group_of(output) in exit_groups(cut.group_names) else "nothing"
+    feature = cut.group(output).feature if output in cut.group_names else None
+    return "nothing" if feature is None else f"{feature.layout} {'x'.join(map(str, feature.shape))}"

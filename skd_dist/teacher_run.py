@@ -100,7 +100,7 @@ def _check_exits(runs: Sequence[Prepared]) -> None:
         raise UserError(
             "of runs that share a teacher pass some ask for the teacher's exits and some do not",
             got=", ".join(f"{run.config.name}: {run.config.method}" for run in runs),
-            do="give --share-teacher-pass False, or launch them apart",
+            do="give --no-share-teacher-pass, or launch them apart",
         )
 
 

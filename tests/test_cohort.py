@@ -302,7 +302,11 @@ def test_one_needs_a_trunk() -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"num_branches": 1}, "num_branches of 2 or more"), ({"rampup_frac": 0.0}, "rampup_frac above 0")],
+    [
+        ({"num_branches": 1}, "num_branches of 2 or more"),
+        ({"rampup_frac": 0.0}, "one: rampup_frac cannot be used; got 0.0"),
+        ({"temperature": 0.0}, "one: temperature cannot"),
+    ],
 )
 def test_one_refuses_what_it_cannot_use(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):

@@ -159,6 +159,12 @@ def test_methods_that_ask_what_all_have_take_an_ensemble() -> None:
             r"^method skd asks an ensemble for \w+, which its networks have not alike; "
             r"got test_resnet: map [\dx]+, test_convnext: [\w ]+; name teachers of one family",
         ),
+        (
+            "mskd_oto",
+            "mobilenetv2_100,convnext_atto",
+            r"^method mskd_oto asks an ensemble for exit/stage4, which its networks have not alike; got "
+            r"mobilenetv2_100: an exit, convnext_atto: nothing",
+        ),
         ("bss", "test_resnet,test_resnet", "^method bss attacks one teacher; got test_resnet,test_resnet; name one"),
     ],
 )

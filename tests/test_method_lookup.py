@@ -1,6 +1,7 @@
 """`--method` and `--method-options`: names, listings, hyper-parameters, and a class in a file of the user's."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,11 @@ def test_options_set_fields_by_their_type(name: str, options: str, expected: obj
             "^unknown name in --method-options; got temprature; hinton takes temperature=4.0 alpha=0.9$",
         ),
         ("hinton", "name=x", "^unknown name in --method-options; got name; hinton takes temperature=4.0 alpha=0.9$"),
-        ("skd", "alpha=1", "^unknown name in --method-options; got alpha; skd takes no options$"),
+        (
+            "hint_two_phase",
+            "alpha=1",
+            "^unknown name in --method-options; got alpha; hint_two_phase takes first_frac=0.5$",
+        ),
         (
             "hinton",
             "alpha=half",
@@ -100,13 +105,20 @@ def test_options_set_fields_by_their_type(name: str, options: str, expected: obj
         (
             "skd,hinton",
             "alpha=0.5",
-            r"^--method-options: alpha is of none of skd,hinton; expected hinton\.temperature=4\.0 hinton\.alpha=0\.9$",
+            r"^--method-options: alpha is of none of skd,hinton; expected skd\.input_from=.* hinton\.alpha=0\.9$",
         ),
     ],
 )
 def test_options_that_cannot_be_used_are_refused_with_those_there_are(name: str, options: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         find_method(name, options)
+
+
+def test_a_head_that_attacks_does_so_for_its_share_of_the_head_s_steps() -> None:
+    whole = find_method("bss").plan(CONTEXT).stages[-1]
+    head = find_method("skd,bss").plan(CONTEXT).stages[-1]
+    assert whole.attack_steps == math.ceil(0.75 * whole.num_steps)
+    assert head.num_steps < whole.num_steps and head.attack_steps == math.ceil(0.75 * head.num_steps)
 
 
 def test_a_listing_takes_the_stages_of_one_and_the_head_of_the_other() -> None:
@@ -116,7 +128,9 @@ def test_a_listing_takes_the_stages_of_one_and_the_head_of_the_other() -> None:
     assert plan.stages[:-1] == skd.stages[:-1]
     head = dataclasses.replace(skd.stages[-1], teacher_logits=True)
     assert plan.stages[-1] == head and head.teacher_outputs == (LOGITS,)
-    assert method_identity(method)["method_options"] == "hinton.alpha=0.5,hinton.temperature=4.0"
+    assert method_identity(method)["method_options"] == (
+        "skd.features=one_by_one,skd.input_from=student,hinton.alpha=0.5,hinton.temperature=4.0"
+    )
 
 
 def test_a_listing_with_labels_alone_is_the_first_method() -> None:
@@ -179,7 +193,11 @@ def test_an_edited_file_is_another_method_at_once(mine: Path) -> None:
     after = method_identity(find_method(name))
     assert after["method_file_sha256"] != before["method_file_sha256"]
     assert "count=9" in (after["method_options"] or "")
-    assert method_identity(find_method("skd")) == {"method": "skd", "method_options": None, "method_file_sha256": None}
+    assert method_identity(find_method("skd")) == {
+        "method": "skd",
+        "method_options": "features=one_by_one,input_from=student",
+        "method_file_sha256": None,
+    }
 
 
 @pytest.mark.parametrize(
@@ -196,7 +214,8 @@ def test_an_edited_file_is_another_method_at_once(mine: Path) -> None:
         (
             "a.py:Mine",
             "class Mine:\n    name = 'mine'\n    def loss(self): ...",
-            r"^\S+a\.py:Mine is no method; got no compares_samples, plan, companion, predictions; derive it from",
+            r"^\S+a\.py:Mine is no method; got no needs_teacher, learns_from_exits, compares_samples, "
+            "companion_file, plan, companion, predictions; derive it from",
         ),
         (
             "a.py:Mine",

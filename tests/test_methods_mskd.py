@@ -155,7 +155,7 @@ def test_a_student_without_a_place_for_exits_is_refused(name: str) -> None:
         ({"early_weight": -1.0}, "early_weight cannot be used; got -1.0; expected 0 or more"),
         ({"early_weight": float("nan")}, "early_weight cannot be used; got nan"),
         ({"distillation_weight": 1.1}, "distillation_weight cannot be used; got 1.1; expected 0 to 1"),
-        ({"temperature": 0.0}, "temperature cannot be used; got 0.0; expected more than 0"),
+        ({"temperature": 0.0}, "temperature cannot be used; got 0.0; expected a number above 0"),
     ],
 )
 def test_values_that_cannot_be_used(change: dict[str, float], message: str) -> None:

@@ -19,6 +19,7 @@ from skd_dist.comparison import (
     Measure,
     choose_split,
     compare,
+    exits_table,
     markdown_table,
     read_directories,
     read_store,
@@ -67,12 +68,14 @@ def run_comparison(wanted: Comparison) -> str:
     measure = Measure(
         split=choose_split(found.records) if wanted.split == "auto" else wanted.split, names=wanted.metric
     )
-    rows = compare(to_runs(found.records, measure, others=wanted.by), baseline=wanted.baseline)
+    runs = to_runs(found.records, measure, others=wanted.by)
+    rows = compare(runs, baseline=wanted.baseline)
     if wanted.plot is not None:
         write_plot(rows, wanted.plot, measure=measure)
-    return markdown_table(
+    table = markdown_table(
         rows, measure=measure, baseline=wanted.baseline, others=wanted.by, unfinished=found.unfinished
     )
+    return table + exits_table(found.records, runs, measure=measure, baseline=wanted.baseline)
 
 
 def main(arguments: list[str]) -> int:

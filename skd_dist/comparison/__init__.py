@@ -5,6 +5,7 @@
 Only what the runs themselves recorded is used. Reading and counting are plain Python and NumPy.
 """
 
+from skd_dist.comparison.exits import exits_table
 from skd_dist.comparison.runs import Found, Measure, Record, choose_split, read_directories, read_store, to_runs
 from skd_dist.comparison.statistics import Row, bootstrap_interval, compare
 from skd_dist.comparison.table import markdown_table
@@ -17,6 +18,7 @@ __all__ = [
     "bootstrap_interval",
     "choose_split",
     "compare",
+    "exits_table",
     "markdown_table",
     "read_directories",
     "read_store",

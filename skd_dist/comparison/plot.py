@@ -39,7 +39,7 @@ def write_plot(rows: Sequence[Row], path: Path, *, measure: Measure) -> list[str
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    students = [row for row in rows if row.cell.method != "teacher_training"]
+    students = [row for row in rows if not row.cell.method.startswith("teacher_training")]
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

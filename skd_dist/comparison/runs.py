@@ -6,17 +6,21 @@ cell it belongs to (everything but the seed), its seed, and what it reached.
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from skd_dist.comparison.settings import check_alike
 from skd_dist.errors import UserError
 from skd_dist.tracking import JOURNAL_FILE, import_mlflow, read_events, resolve_tracking_uri
 
 Split = Literal["val", "test"]
 
 _CONFIG, _SUMMARY = "config.json", "summary.json"
+_TOP1 = ("top1_frac",)
+_BETWEEN_OPTIONS = re.compile(r"[ ,]+(?=[\w.]+=)")
 _NONE = ("", "none", "None")
 """How files and MLflow write that an option was not given."""
 
@@ -56,7 +60,7 @@ class Cell:
     """Values of further fields that the table is to tell apart."""
     fraction: float
     method: str
-    """With its options: `hinton@alpha=0.5`."""
+    """With its options: `hinton@alpha=0.5,temperature=2` (`method_text`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,9 +77,11 @@ class FinishedRun:
     data_digest: str | None
     """Of the training samples and their labels."""
     weights_digest: str | None
+    whole_digest: str | None
+    """Of the weights and of what is published beside them, as a teacher with exits has it."""
     teacher_digest: str | None
     teacher_val_top1_frac: float | None
-    """Of the teacher, on the sample of validation images that a run looks at."""
+    """Of the teacher, on the sample of validation images that a run looks at; None where something else is compared."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +89,7 @@ class Measure:
     """Which number of a run counts."""
 
     split: Split
-    names: tuple[str, ...] = ("top1_frac",)
+    names: tuple[str, ...] = _TOP1
     """The first of these that a run has measured."""
 
 
@@ -134,7 +140,13 @@ def to_runs(records: Sequence[Record], measure: Measure, *, others: Sequence[str
     if not records:
         raise UserError("no finished run found", do="give run directories, a directory of runs, or --tracking-uri")
     _check_measured_on_the_same(records, measure.split)
+    _check_known(measure, records)
     runs = [_to_run(record, measure, others) for record in records]
+    cells: dict[Cell, list[Record]] = {}
+    for run, record in zip(runs, records, strict=True):
+        cells.setdefault(run.cell, []).append(record)
+    for cell, alike in cells.items():
+        check_alike(cell.method, [(record.place, record.config, record.summary) for record in alike])
     places: dict[tuple[Cell, int], str] = {}
     for run in runs:
         other = places.setdefault((run.cell, run.seed), run.place)
@@ -209,7 +221,7 @@ def _to_run(record: Record, measure: Measure, others: Sequence[str]) -> Finished
             imbalance=_text(config.get("imbalance")),
             others=tuple(_text(config[field]) for field in others),
             fraction=float(summary["fraction"]),
-            method=f"{summary['method']}@{options}" if options else summary["method"],
+            method=method_text(f"{summary['method']}@{options}"),
         ),
         seed=int(summary["seed"]),
         score_frac=float(measured[name]),
@@ -217,9 +229,25 @@ def _to_run(record: Record, measure: Measure, others: Sequence[str]) -> Finished
         num_steps=sum(stage["steps"] for stage in summary["stages"]),
         data_digest=summary.get("data_digest"),
         weights_digest=summary.get("weights_digest"),
+        whole_digest=summary.get("whole_digest"),
         teacher_digest=teacher.get("digest"),
-        teacher_val_top1_frac=teacher.get("top1_frac"),
+        teacher_val_top1_frac=teacher.get("top1_frac") if measure.names == _TOP1 else None,
     )
+
+
+def method_text(text: str) -> str:
+    """A method with its options in one spelling: sorted, commas between."""
+    name, _, options = text.partition("@")
+    return "@".join(filter(None, (name, ",".join(sorted(_BETWEEN_OPTIONS.split(options.strip()))))))
+
+
+def _check_known(measure: Measure, records: Sequence[Record]) -> None:
+    measured = {name for record in records for name in record.summary.get(measure.split) or {}}
+    for name in measure.names:
+        if name not in measured:
+            raise UserError(
+                f"no run has measured {name} on {measure.split}", expected=", ".join(sorted(measured)) or "anything"
+            )
 
 
 def _check_measured_on_the_same(records: Sequence[Record], split: Split) -> None:
@@ -240,4 +268,5 @@ def _check_measured_on_the_same(records: Sequence[Record], split: Split) -> None
 
 
 def _text(value: object) -> str:
+    """As files and MLflow write it alike."""
     return "" if value is None or str(value) in _NONE else str(value)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from skd_dist.comparison.runs import Cell, FinishedRun
+from skd_dist.comparison.runs import Cell, FinishedRun, method_text
 from skd_dist.errors import UserError
 
 NUM_RESAMPLES = 10_000
@@ -57,7 +57,8 @@ def compare(runs: Sequence[FinishedRun], *, baseline: str = "no_teacher") -> lis
     cells: dict[Cell, list[FinishedRun]] = {}
     for run in runs:
         cells.setdefault(run.cell, []).append(run)
-    scores = {run.weights_digest: run.score_frac for run in runs if run.weights_digest}
+    scores = {digest: run.score_frac for run in runs for digest in (run.weights_digest, run.whole_digest) if digest}
+    baseline = method_text(baseline)
     order = sorted(cells, key=lambda cell: (*_surroundings(cell), cell.method != baseline, cell.method, cell.teacher))
     return [_row(cell, sorted(cells[cell], key=lambda run: run.seed), runs, baseline, scores) for cell in order]
 

@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from skd_dist.comparison.runs import Measure
 from skd_dist.comparison.statistics import NUM_RESAMPLES, Row
 
 _NOTHING = "-"
+_MAX_NAMED = 5
+"""Of runs that have not finished."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +35,9 @@ def markdown_table(
         if column.always or any(column.text(row) != _NOTHING for row in rows)
     ]
     lines = [
-        _line([column.title for column in columns]),
-        _line(["---:" if column.is_number else "---" for column in columns]),
-        *(_line([column.text(row) for column in columns]) for row in rows),
+        line([column.title for column in columns]),
+        line(["---:" if column.is_number else "---" for column in columns]),
+        *(line([column.text(row) for column in columns]) for row in rows),
     ]
     return "\n".join([*lines, "", *_notes(rows, measure, baseline, unfinished)]) + "\n"
 
@@ -53,9 +56,9 @@ def _columns(measure: Measure, baseline: str, others: Sequence[str]) -> list[_Co
             for index, name in enumerate(others)
         ),
         _Column("seeds", lambda row: str(len(row.seeds)), always=True),
-        _Column(f"{measure.split} {score}, %", _score, always=True),
-        _Column(f"minus {baseline}, points", _difference),
-        _Column("95 % interval", _interval),
+        _Column(f"{measure.split} {score}, %", percent_and_spread, always=True),
+        _Column(f"minus {baseline}, points", lambda row: points_and_interval(row)[0]),
+        _Column("95 % interval", lambda row: points_and_interval(row)[1]),
         _Column("worst class, %", lambda row: _percent(row.worst_class_recall_frac)),
         _Column("steps", lambda row: " to ".join(map(str, _ends(row.num_steps))), always=True),
         _Column("its teacher, %", _teacher),
@@ -63,20 +66,19 @@ def _columns(measure: Measure, baseline: str, others: Sequence[str]) -> list[_Co
     ]
 
 
-def _score(row: Row) -> str:
+def percent_and_spread(row: Row) -> str:
+    """Mean over the seeds, with the standard deviation of the sample where there are several."""
     spread = "" if row.std_frac is None else f" ± {100 * row.std_frac:.2f}"
     return f"{100 * row.mean_frac:.2f}{spread}"
 
 
-def _difference(row: Row) -> str:
+def points_and_interval(row: Row) -> tuple[str, str]:
+    """Mean difference to the baseline, and how sure it is."""
     if row.difference_frac is None:
-        return _NOTHING
+        return _NOTHING, _NOTHING
     of = "" if row.num_paired == len(row.seeds) else f" ({row.num_paired} seeds)"
-    return f"{100 * row.difference_frac:+.2f}{of}"
-
-
-def _interval(row: Row) -> str:
-    return _NOTHING if row.interval_frac is None else " to ".join(f"{100 * end:+.2f}" for end in row.interval_frac)
+    ends = _NOTHING if row.interval_frac is None else " to ".join(f"{100 * end:+.2f}" for end in row.interval_frac)
+    return f"{100 * row.difference_frac:+.2f}{of}", ends
 
 
 def _teacher(row: Row) -> str:
@@ -99,7 +101,9 @@ def _notes(rows: Sequence[Row], measure: Measure, baseline: str, unfinished: Seq
     if measure.split == "val":
         notes.append("Validation images: not all of these runs were measured on test images, or val was asked for.")
     if unfinished:
-        notes.append(f"Left out, for they have not finished: {', '.join(unfinished)}.")
+        named = ", ".join(Path(place).name for place in unfinished[:_MAX_NAMED])
+        more = f" and {len(unfinished) - _MAX_NAMED} more" if len(unfinished) > _MAX_NAMED else ""
+        notes.append(f"Left out, for they have not finished: {named}{more}.")
     return notes
 
 
@@ -111,5 +115,6 @@ def _percent(share: float | None) -> str:
     return _NOTHING if share is None else f"{100 * share:.2f}"
 
 
-def _line(cells: Sequence[str]) -> str:
+def line(cells: Sequence[str]) -> str:
+    """One line of a Markdown table."""
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"

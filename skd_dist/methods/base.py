@@ -12,9 +12,17 @@ from skd_dist.plan import StageSpec
 
 
 class BaseMethod:
-    """Looks at each sample by itself, has no companion and predicts nothing beside the student's logits."""
+    """Needs a teacher, looks at each sample by itself, has no companion and predicts nothing but logits."""
 
     __slots__ = ()
+
+    @property
+    def needs_teacher(self) -> bool:
+        return True
+
+    @property
+    def learns_from_exits(self) -> bool:
+        return False
 
     @property
     def compares_samples(self) -> bool:

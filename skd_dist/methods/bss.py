@@ -17,7 +17,8 @@ from skd_dist.attack import BOUNDARY, BOUNDARY_LOGITS, BOUNDARY_SLOTS, BOUNDARY_
 from skd_dist.contracts import Batch, LossTerm, LossTerms, Outputs, PlanContext
 from skd_dist.losses import cross_entropy, soft_cross_entropy
 from skd_dist.methods.base import BaseMethod
-from skd_dist.methods.no_teacher import whole_budget
+from skd_dist.methods.fields import check_positive, check_share, check_weight
+from skd_dist.methods.stages import whole_budget, whole_stage
 from skd_dist.plan import LOGITS, StagePlan, StageSpec
 
 
@@ -35,6 +36,11 @@ class Bss(BaseMethod):
     boundary_frac: float = 0.75
     """Share of the steps after which boundary samples count nothing; from there on nothing is attacked."""
 
+    def __post_init__(self) -> None:
+        check_positive(self, "temperature")
+        check_weight(self, "soft_weight", "boundary_weight")
+        check_share(self, "boundary_frac")
+
     @property
     def compares_samples(self) -> bool:
         """Which samples are attacked, and how much each of them counts, depends on the others of the micro-batch."""
@@ -42,17 +48,8 @@ class Bss(BaseMethod):
 
     def plan(self, context: PlanContext) -> StagePlan:
         """A single stage over the whole budget."""
-        num_steps = whole_budget(context)
-        stage = StageSpec(
-            index=0,
-            name="all",
-            trains=context.student_groups,
-            student_logits=True,
-            teacher_logits=True,
-            attack_steps=math.ceil(self.boundary_frac * num_steps),
-            num_steps=num_steps,
-            optimizer=context.optimizer,
-        )
+        attack_steps = math.ceil(self.boundary_frac * whole_budget(context))
+        stage = whole_stage(context, teacher_logits=True, attack_steps=attack_steps)
         return StagePlan(method=self.name, stages=(stage,))
 
     def loss(

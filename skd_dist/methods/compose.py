@@ -5,6 +5,7 @@ of the second's last stage.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -32,6 +33,14 @@ class Composition(BaseMethod):
         return f"{self.body.name},{self.head.name}"
 
     @property
+    def needs_teacher(self) -> bool:
+        return self.body.needs_teacher or self.head.needs_teacher
+
+    @property
+    def learns_from_exits(self) -> bool:
+        return self.body.learns_from_exits or self.head.learns_from_exits
+
+    @property
     def compares_samples(self) -> bool:
         return self.body.compares_samples or self.head.compares_samples
 
@@ -46,7 +55,13 @@ class Composition(BaseMethod):
         self._check_head(last)
         own = body.stages[-1]
         head = dataclasses.replace(
-            last, index=own.index, name=own.name, trains=_HEAD, num_steps=own.num_steps, optimizer=own.optimizer
+            last,
+            index=own.index,
+            name=own.name,
+            trains=_HEAD,
+            num_steps=own.num_steps,
+            attack_steps=math.ceil(last.attack_steps * own.num_steps / last.num_steps),
+            optimizer=own.optimizer,
         )
         return StagePlan(method=self.name, stages=(*body.stages[:-1], head), retrains=body.retrains)
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from skd_dist.contracts import Batch, LossTerm, LossTerms, Outputs, PlanContext, StageModels
 from skd_dist.losses import cross_entropy, distillation_kl
 from skd_dist.methods.base import BaseMethod
-from skd_dist.methods.no_teacher import whole_budget
+from skd_dist.methods.stages import whole_budget
 from skd_dist.models.build import check_name
 from skd_dist.models.create import create_model
 from skd_dist.models.cut import ModelCut, cut_model, run_cut, set_training
@@ -53,6 +53,10 @@ class Dml(BaseMethod):
     def peer(self, number: int) -> "DmlPeer":
         """The part of a peer that has ranks of its own; number: from 1."""
         return DmlPeer(name=self.name, peers=self.peers, mutual_weight=self.mutual_weight, number=number)
+
+    @property
+    def needs_teacher(self) -> bool:
+        return False
 
     def plan(self, context: PlanContext) -> StagePlan:
         """A single stage over the budget of all SKD stages."""
@@ -104,6 +108,10 @@ class DmlPeer(BaseMethod):
     mutual_weight: float
     number: int
     """From 1."""
+
+    @property
+    def needs_teacher(self) -> bool:
+        return False
 
     def plan(self, context: PlanContext) -> StagePlan:
         """That of the whole cohort, over logits that are exchanged."""

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from skd_dist.contracts import Batch, LossTerm, LossTerms, Outputs, PlanContext, StageModels
-from skd_dist.errors import UserError
 from skd_dist.losses import cross_entropy, distillation_kl
 from skd_dist.methods.base import BaseMethod
-from skd_dist.methods.multi_exit import check_early_weight, exits_of_student, logits_by_exit, probabilities_by_exit
-from skd_dist.methods.no_teacher import whole_budget
+from skd_dist.methods.fields import check_positive, check_share, check_weight
+from skd_dist.methods.multi_exit import exits_of_student, logits_by_exit, probabilities_by_exit
+from skd_dist.methods.stages import whole_stage
 from skd_dist.models.exits import EXITS, LAST, Exits, exit_groups, exit_output
 from skd_dist.plan import LOGITS, StagePlan, StageSpec
 
@@ -41,11 +41,13 @@ class Mskd(BaseMethod):
     """Of every exit but the last, >= 0: less where early exits pull the trunk away from what the last one needs."""
 
     def __post_init__(self) -> None:
-        check_early_weight(self.early_weight)
-        if not 0 <= self.distillation_weight <= 1:
-            raise UserError("distillation_weight cannot be used", got=self.distillation_weight, expected="0 to 1")
-        if not self.temperature > 0:
-            raise UserError("temperature cannot be used", got=self.temperature, expected="more than 0")
+        check_weight(self, "early_weight")
+        check_share(self, "distillation_weight")
+        check_positive(self, "temperature")
+
+    @property
+    def learns_from_exits(self) -> bool:
+        return self.one_to_one
 
     @property
     def companion_file(self) -> str | None:
@@ -54,16 +56,11 @@ class Mskd(BaseMethod):
     def plan(self, context: PlanContext) -> StagePlan:
         """A single stage over the whole budget; one-to-one, `teacher_extra` has an output for each exit, in order."""
         groups = exits_of_student(context)
-        stage = StageSpec(
-            index=0,
-            name="all",
-            trains=context.student_groups,
-            student_logits=True,
+        stage = whole_stage(
+            context,
             student_features=groups,
             teacher_logits=True,
             teacher_extra=tuple(matched_output(group, context) for group in groups) if self.one_to_one else (),
-            num_steps=whole_budget(context),
-            optimizer=context.optimizer,
         )
         return StagePlan(method=self.name, stages=(stage,))
 

@@ -17,7 +17,8 @@ from skd_dist.contracts import Batch, LossTerm, LossTerms, Outputs, PlanContext,
 from skd_dist.errors import UserError
 from skd_dist.losses import cross_entropy
 from skd_dist.methods.base import BaseMethod
-from skd_dist.methods.no_teacher import whole_budget
+from skd_dist.methods.fields import check_weight
+from skd_dist.methods.stages import whole_stage
 from skd_dist.models.exits import ENSEMBLE, EXITS, LAST, Exits, exit_groups, exit_output
 from skd_dist.plan import LOGITS, StagePlan, StageSpec
 
@@ -53,16 +54,6 @@ def probabilities_by_exit(stage: StageSpec, student: Outputs) -> dict[str, Tenso
     return {**found, ENSEMBLE: torch.stack(list(found.values())).mean(0)}
 
 
-def check_early_weight(early_weight: float) -> None:
-    """Refuse a weight of the early exits that cannot be used.
-
-    Raises:
-        UserError: it is negative.
-    """
-    if not early_weight >= 0:
-        raise UserError("early_weight cannot be used", got=early_weight, expected="0 or more")
-
-
 @dataclass(frozen=True, slots=True)
 class MultiExit(BaseMethod):
     """One stage, everything trains, cross-entropy at every exit."""
@@ -74,22 +65,22 @@ class MultiExit(BaseMethod):
     """Of every exit but the last, >= 0: less where early exits pull the trunk away from what the last one needs."""
 
     def __post_init__(self) -> None:
-        check_early_weight(self.early_weight)
+        check_weight(self, "early_weight")
 
     @property
     def companion_file(self) -> str | None:
         return EXITS
 
+    @property
+    def needs_teacher(self) -> bool:
+        return False
+
     def plan(self, context: PlanContext) -> StagePlan:
         """A single stage over the budget."""
-        stage = StageSpec(
-            index=0,
-            name="all",
-            trains=context.student_groups,
-            student_logits=True,
+        stage = whole_stage(
+            context,
             student_features=exits_of_student(context),
-            num_steps=whole_budget(context) if self.equal_budget else context.head_steps,
-            optimizer=context.optimizer,
+            num_steps=None if self.equal_budget else context.head_steps,
         )
         return StagePlan(method=self.name, stages=(stage,))
 

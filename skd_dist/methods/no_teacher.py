@@ -9,12 +9,8 @@ from dataclasses import dataclass
 from skd_dist.contracts import Batch, LossTerm, LossTerms, Outputs, PlanContext
 from skd_dist.losses import cross_entropy
 from skd_dist.methods.base import BaseMethod
+from skd_dist.methods.stages import whole_stage
 from skd_dist.plan import LOGITS, StagePlan, StageSpec
-
-
-def whole_budget(context: PlanContext) -> int:
-    """Steps of all stages together: the budget of a method that trains everything at once."""
-    return len(context.matching) * context.stage_steps + context.head_steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,16 +21,13 @@ class NoTeacher(BaseMethod):
     equal_budget: bool = True
     """Whether it takes the steps of all SKD stages together, or those of the head stage alone."""
 
+    @property
+    def needs_teacher(self) -> bool:
+        return False
+
     def plan(self, context: PlanContext) -> StagePlan:
         """A single stage over the budget."""
-        stage = StageSpec(
-            index=0,
-            name="all",
-            trains=context.student_groups,
-            student_logits=True,
-            num_steps=whole_budget(context) if self.equal_budget else context.head_steps,
-            optimizer=context.optimizer,
-        )
+        stage = whole_stage(context, num_steps=None if self.equal_budget else context.head_steps)
         return StagePlan(method=self.name, stages=(stage,))
 
     def loss(

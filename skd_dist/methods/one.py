@@ -27,7 +27,8 @@ from skd_dist.contracts import Batch, LossTerm, LossTerms, Outputs, PlanContext,
 from skd_dist.errors import UserError
 from skd_dist.losses import cross_entropy, distillation_kl, pooled
 from skd_dist.methods.base import BaseMethod
-from skd_dist.methods.no_teacher import whole_budget
+from skd_dist.methods.fields import check_positive
+from skd_dist.methods.stages import whole_stage
 from skd_dist.models.create import create_model
 from skd_dist.models.cut import ModelCut
 from skd_dist.models.tail import tail_of
@@ -50,8 +51,11 @@ class One(BaseMethod):
     def __post_init__(self) -> None:
         if self.num_branches < 2:
             raise UserError("method one needs branches", got=self.num_branches, expected="num_branches of 2 or more")
-        if not self.rampup_frac > 0:
-            raise UserError("method one needs a ramp-up", got=self.rampup_frac, expected="rampup_frac above 0")
+        check_positive(self, "temperature", "rampup_frac")
+
+    @property
+    def needs_teacher(self) -> bool:
+        return False
 
     def plan(self, context: PlanContext) -> StagePlan:
         """A single stage over the budget of all SKD stages.
@@ -66,16 +70,7 @@ class One(BaseMethod):
                 got=f"a student with groups {', '.join(context.student_groups)}",
                 do="choose another --student",
             )
-        stage = StageSpec(
-            index=0,
-            name="all",
-            trains=context.student_groups,
-            student_logits=True,
-            student_features=(features[-2],),
-            num_steps=whole_budget(context),
-            optimizer=context.optimizer,
-        )
-        return StagePlan(method=self.name, stages=(stage,))
+        return StagePlan(method=self.name, stages=(whole_stage(context, student_features=(features[-2],)),))
 
     def companion(self, stage: StageSpec, models: StageModels) -> nn.Module:
         """The other branches and the gate.

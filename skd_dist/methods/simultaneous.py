@@ -11,7 +11,7 @@ from skd_dist.contracts import Batch, LossTerm, LossTerms, Outputs, PlanContext
 from skd_dist.losses import cross_entropy, feature_mse
 from skd_dist.methods.base import BaseMethod
 from skd_dist.methods.fields import check_weight
-from skd_dist.methods.no_teacher import whole_budget
+from skd_dist.methods.stages import whole_stage
 from skd_dist.plan import LOGITS, StagePlan, StageSpec, Tap
 
 
@@ -29,16 +29,8 @@ class Simultaneous(BaseMethod):
 
     def plan(self, context: PlanContext) -> StagePlan:
         """A single stage over the whole budget, with a tap at every matched group."""
-        stage = StageSpec(
-            index=0,
-            name="all",
-            trains=context.student_groups,
-            taps=tuple(Tap(student=groups[-1], teacher=teacher) for groups, teacher in context.matching),
-            student_logits=True,
-            num_steps=whole_budget(context),
-            optimizer=context.optimizer,
-        )
-        return StagePlan(method=self.name, stages=(stage,))
+        taps = tuple(Tap(student=groups[-1], teacher=teacher) for groups, teacher in context.matching)
+        return StagePlan(method=self.name, stages=(whole_stage(context, taps=taps),))
 
     def loss(
         self, stage: StageSpec, student: Outputs, teacher: Outputs, batch: Batch, *, progress_frac: float

@@ -13,36 +13,12 @@ is logged as `nmse/<group>`: MSE over the variance of the teacher's feature, abo
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
-from skd_dist.contracts import Batch, LossTerms, Outputs, PlanContext
-from skd_dist.methods.base import BaseMethod
 from skd_dist.methods.skd import Skd
-from skd_dist.plan import StagePlan, StageSpec
 
 
 @dataclass(frozen=True, slots=True)
-class Sskd(BaseMethod):
-    """Feature stages in network order, then the head."""
+class Sskd(Skd):
+    """The backbone phase, feature stages in network order, then the head phase: the procedure of `Skd`."""
 
     name: str = "sskd"
-    input_from: Literal["student", "teacher"] = "student"
-    """As of `Skd`."""
-    features: Literal["one_by_one", "at_once", "last_only"] = "one_by_one"
-    """As of `Skd`."""
-
-    def __post_init__(self) -> None:
-        self._procedure()
-
-    def plan(self, context: PlanContext) -> StagePlan:
-        """The backbone phase, one stage per matched group, and the head phase."""
-        return self._procedure().plan(context)
-
-    def loss(
-        self, stage: StageSpec, student: Outputs, teacher: Outputs, batch: Batch, *, progress_frac: float
-    ) -> LossTerms:
-        """Backbone: MSE at the tap, labels unused. Head: the task's loss, teacher unused."""
-        return self._procedure().loss(stage, student, teacher, batch, progress_frac=progress_frac)
-
-    def _procedure(self) -> Skd:
-        return Skd(name=self.name, input_from=self.input_from, features=self.features)

@@ -1,22 +1,29 @@
 """What the plans of several methods share: the whole student at once, the stages past the stem, a budget in two parts.
 
-The *budget* is the number of steps that SKD takes in all its stages (`no_teacher.whole_budget`); every method takes it.
+The *budget* is the number of steps that SKD takes in all its stages (`whole_budget`); every method takes it.
 """
 
 from skd_dist.contracts import PlanContext
 from skd_dist.errors import UserError
-from skd_dist.methods.no_teacher import whole_budget
 from skd_dist.plan import StageSpec, Tap
 
 Matched = tuple[tuple[str, ...], str]
 """(student groups, the last of them compared; teacher group)."""
 
 
+def whole_budget(context: PlanContext) -> int:
+    """Steps of all stages together: the budget of a method that trains everything at once."""
+    return len(context.matching) * context.stage_steps + context.head_steps
+
+
 def whole_stage(
     context: PlanContext,
     *,
     taps: tuple[Tap, ...] = (),
+    student_features: tuple[str, ...] = (),
     teacher_logits: bool = False,
+    teacher_extra: tuple[str, ...] = (),
+    attack_steps: int = 0,
     index: int = 0,
     num_steps: int | None = None,
 ) -> StageSpec:
@@ -24,8 +31,7 @@ def whole_stage(
 
     Args:
         context: whose budget and optimizer it takes.
-        taps: what is compared.
-        teacher_logits: whether the teacher's logits are compared too.
+        taps, student_features, teacher_logits, teacher_extra, attack_steps: as of `StageSpec`.
         index: place in the plan.
         num_steps: default the whole budget.
     """
@@ -35,7 +41,10 @@ def whole_stage(
         trains=context.student_groups,
         taps=taps,
         student_logits=True,
+        student_features=student_features,
         teacher_logits=teacher_logits,
+        teacher_extra=teacher_extra,
+        attack_steps=attack_steps,
         num_steps=whole_budget(context) if num_steps is None else num_steps,
         optimizer=context.optimizer,
     )

@@ -5,7 +5,6 @@ writes the way from group to group into each network's `forward`, so the network
 notes what the group made and lets the network go on with what was given instead.
 """
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,12 +16,7 @@ from torch import Tensor, nn
 from skd_dist.errors import UserError
 from skd_dist.models.cut import ModelCut, run_cut
 from skd_dist.models.features import FeatureShape, find_ends
-
-_NUM_PROBE_IMAGES = 2
-"""Two that must not be told apart."""
-
-_PROBE_NOISE = 0.02
-"""Added to all weights for the check alone."""
+from skd_dist.models.probe import lively_copy, probe_images
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,23 +88,15 @@ def make_feed_points(model: nn.Module, cut: ModelCut, groups: Sequence[str]) -> 
     Raises:
         UserError: it cannot be fed there; mostly because a later part reads more than the feature before it.
     """
-    network = copy.deepcopy(model).eval()
+    network = lively_copy(model)
     _check(network, cut, groups, FeedPoints(network, cut, groups))
     return FeedPoints(model, cut, groups)
 
 
 def _check(network: nn.Module, cut: ModelCut, groups: Sequence[str], points: FeedPoints) -> None:
-    """Groups must make what `run_cut` gives, and fed alike, nothing behind them may tell two images apart.
-
-    On noise and not on the weights as they are: fresh residual branches are often zero, and would hide a second way.
-    """
-    generator = torch.Generator().manual_seed(0)
-    later = cut.group_names[1 + cut.group_names.index(groups[0]) : -1]
+    """Groups must make what `run_cut` gives, and fed alike, nothing behind them may tell two images apart."""
+    later, images = cut.group_names[1 + cut.group_names.index(groups[0]) : -1], probe_images(cut)
     with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=_PROBE_NOISE)
-        size = (_NUM_PROBE_IMAGES, 3, cut.image_size, cut.image_size)
-        images = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
         expected = run_cut(cut, network, images, taps=list(groups), logits=False)
         with points.feeding({}) as made:
             run_cut(cut, network, images, taps=list(groups), logits=False)

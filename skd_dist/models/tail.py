@@ -6,7 +6,6 @@ and the one that ends the group of entry gives the feature. Which modules these 
 result is held against the network itself before anybody trains it.
 """
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,13 +17,8 @@ from torch import Tensor, nn
 from skd_dist.errors import UserError
 from skd_dist.models.cut import HEAD, ModelCut, run_cut
 from skd_dist.models.features import find_ends
+from skd_dist.models.probe import NUM_PROBE_IMAGES, lively_copy, probe_images
 from skd_dist.plan import LOGITS
-
-_NUM_PROBE_IMAGES = 2
-"""More than one: a dimension of one must not be taken for the batch."""
-
-_PROBE_NOISE = 0.02
-"""Added to all weights for the check alone: fresh heads and branches are often zero, and would hide a wrong feature."""
 
 _REFUSALS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What a network raises that is run in a way it was not written for."""
@@ -126,13 +120,8 @@ def tail_of(model: nn.Module, cut: ModelCut, *, after: str) -> NetworkTail:
         UserError: the network cannot be entered there; mostly because its later part reads more than this feature.
     """
     assert after in cut.group_names and after != HEAD, f"no feature after {after}"
-    network = copy.deepcopy(model).eval()
-    generator = torch.Generator().manual_seed(0)
+    network, images = lively_copy(model), probe_images(cut)
     with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=_PROBE_NOISE)
-        size = (_NUM_PROBE_IMAGES, 3, cut.image_size, cut.image_size)
-        images = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
         # Two runs: the rest of a network may change a feature in place.
         feature = run_cut(cut, network, images, taps=[after], logits=False)[after]
         with _watched(network) as calls:
@@ -172,7 +161,7 @@ def _noter(path: str, calls: _Calls) -> Any:
     def note(_: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         calls.returned.append(path)
         given = arguments[0] if arguments else None
-        if all(isinstance(x, Tensor) and x.dim() and len(x) == _NUM_PROBE_IMAGES for x in (given, output)):
+        if all(isinstance(x, Tensor) and x.dim() and len(x) == NUM_PROBE_IMAGES for x in (given, output)):
             calls.shapes[path] = tuple(output.shape[1:])
 
     return note

@@ -14,9 +14,33 @@ from skd_dist.config import RunConfig
 from skd_dist.duration import Duration, parse_duration
 from skd_dist.errors import UserError
 from skd_dist.prepare import prepare_models
+from skd_dist.study.config import SELF, StudyConfig
 
 _PUBLISHED = {"no_teacher": 1, "simultaneous": 1, "hinton": 1, "at": 1, "hint_two_phase": 2, "fsp": 2}
 """In units of one SKD stage. Reference: the code of arXiv 1911.06786, which has no other method."""
+
+
+def check_equal_budgets(study: StudyConfig) -> None:
+    """Refuse teachers with which a student would train in more stages than with others.
+
+    Every method has the steps of all stages of its pair of networks, and the baseline is one cell for all teachers.
+
+    Raises:
+        UserError: the first such teacher.
+    """
+    for student in study.students:
+        if student == SELF or len(study.teachers) < 2:
+            continue
+        parts = {
+            teacher: _count_parts(student, teacher, study.num_classes, study.image_size, study.match)
+            for teacher in study.teachers
+        }
+        if len(set(parts.values())) > 1:
+            raise UserError(
+                f"with these --teachers {student} trains in unequal numbers of stages, and so of steps",
+                got=", ".join(f"{teacher}: {number}" for teacher, number in parts.items()),
+                do="study them apart, each with durations of its own",
+            )
 
 
 def with_published_budget(config: RunConfig) -> RunConfig:

@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from skd_dist.config import RunConfig
-from skd_dist.study.budget import with_published_budget, with_total_duration
+from skd_dist.methods import find_method
+from skd_dist.study.budget import check_equal_budgets, with_published_budget
 from skd_dist.study.config import NONE, SELF, StudyConfig, check_study, split_method
-
-WITHOUT_TEACHER = frozenset(("no_teacher", "dml", "one", "multi_exit"))
-"""Methods whose result does not depend on the teacher: one cell for all --teachers."""
 
 _NOT_IN_NAMES = re.compile(r"[^\w.@=,+-]", re.ASCII)
 
@@ -28,11 +26,12 @@ def cells_of(study: StudyConfig) -> list[RunConfig]:
         UserError: a grid that cannot be run.
     """
     check_study(study)
+    check_equal_budgets(study)
     cells: dict[str, RunConfig] = {}
     for imbalance, label_noise in product(study.imbalances, study.label_noises):
         setting = _Setting(study=study, label_noise=label_noise, imbalance=imbalance)
         runs = [*setting.teachers(), *setting.students()]
-        # One name is one cell: a method without a teacher comes up for each of them.
+        # One name is one cell: a method without a teacher comes up for each of them, with equal steps.
         cells |= {run.name: run for run in runs if run.name not in cells}
     return list(cells.values())
 
@@ -50,7 +49,7 @@ class _Setting:
         if study.teacher_checkpoint is not None or all(self._is_alone(method) for method in study.methods):
             return
         for teacher in study.teachers:
-            run = self._run(
+            yield self._run(
                 self._teacher_name(teacher),
                 method=study.teacher_method,
                 student=teacher,
@@ -62,9 +61,6 @@ class _Setting:
                 schedule=study.teacher_schedule or study.schedule,
                 head_duration=study.teacher_duration,
             )
-            # This method trains for the head's duration; any other takes what stages and head have together.
-            is_plain = study.teacher_method == "teacher_training"
-            yield run if is_plain else with_total_duration(run, study.teacher_duration)
 
     def students(self) -> Iterator[RunConfig]:
         study = self.study
@@ -106,7 +102,8 @@ class _Setting:
         return noise if self.imbalance == NONE else [*noise, f"tail{self.imbalance}"]
 
     def _is_alone(self, method: str) -> bool:
-        return split_method(method)[0] in WITHOUT_TEACHER
+        """Whether its result does not depend on the teacher: then there is one cell for all --teachers."""
+        return not find_method(*split_method(method)).needs_teacher
 
     def _run(self, name: str, **changes: Any) -> RunConfig:
         shared = {field.name: getattr(self.study, field.name) for field in dataclasses.fields(RunConfig)}

@@ -4,6 +4,7 @@ Fields of a run that the grid sets are no flags here: a study has --methods, and
 """
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,10 +15,12 @@ from skd_dist.data.imbalance import parse_imbalance
 from skd_dist.data.label_noise import parse_label_noise
 from skd_dist.duration import parse_duration
 from skd_dist.errors import UserError
+from skd_dist.methods import find_method
 from skd_dist.toy import toy
 
 Budget = Literal["equal", "published"]
 
+_BETWEEN_OPTIONS = re.compile(r",(?=[\w.]+=)")
 SELF = "self"
 NONE = "none"
 
@@ -44,8 +47,8 @@ class StudyConfig(RunConfig):
     """equal: as many steps for every method; published: as the code of arXiv 1911.06786 has them, where it does."""
     baseline: str = "no_teacher"
     """Method that the table holds all others against."""
-    teacher_method: Literal["teacher_training", "multi_exit"] = "teacher_training"
-    """How teachers are trained; multi_exit: with exits, which mskd_oto needs."""
+    teacher_method: Literal["teacher_training", "teacher_training_exits"] = "teacher_training"
+    """How teachers are trained; teacher_training_exits: with exits, which mskd_oto needs."""
     teacher_initial: str | None = None
     """Weights that teachers begin with: a file, or `pretrained`; default: random."""
     teacher_duration: str = "50epochs"
@@ -102,10 +105,11 @@ def check_study(config: StudyConfig) -> None:
 
 def _check_teachers(config: StudyConfig) -> None:
     if config.teacher_checkpoint is None:
-        if "mskd_oto" in {split_method(method)[0] for method in config.methods} and (
-            config.teacher_method != "multi_exit"
-        ):
-            raise UserError("mskd_oto learns from the exits of its teacher", do="give --teacher-method multi_exit")
+        exits = [name for name in config.methods if find_method(*split_method(name)).learns_from_exits]
+        if exits and config.teacher_method != "teacher_training_exits":
+            raise UserError(
+                f"{exits[0]} learns from the exits of its teacher", do="give --teacher-method teacher_training_exits"
+            )
         return
     if len(config.teachers) > 1:
         raise UserError(
@@ -121,9 +125,9 @@ def _check_teachers(config: StudyConfig) -> None:
 
 
 def split_method(text: str) -> tuple[str, str]:
-    """`hinton@alpha=0.5` -> (`hinton`, `alpha=0.5`)."""
+    """`hinton@alpha=0.5,temperature=2` -> (`hinton`, `alpha=0.5 temperature=2`); a value may have commas of its own."""
     name, _, options = text.partition("@")
-    return name, options
+    return name, _BETWEEN_OPTIONS.sub(" ", options)
 
 
 def toy_study(config: StudyConfig) -> StudyConfig:

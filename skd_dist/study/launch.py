@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from skd_dist.cli import main
-from skd_dist.comparison import Measure, choose_split, compare, markdown_table, read_directories, to_runs
+from skd_dist.comparison import Measure, choose_split, compare, exits_table, markdown_table, read_directories, to_runs
 from skd_dist.config import RunConfig
 from skd_dist.data.atomic import atomic_file
 from skd_dist.study.cells import cells_of
@@ -46,5 +46,8 @@ def table_of(paths: Sequence[Path], *, baseline: str) -> str:
     """The table of the runs in these directories."""
     found = read_directories(paths)
     measure = Measure(split=choose_split(found.records))
-    rows = compare(to_runs(found.records, measure), baseline=baseline)
-    return markdown_table(rows, measure=measure, baseline=baseline, unfinished=found.unfinished)
+    runs = to_runs(found.records, measure)
+    table = markdown_table(
+        compare(runs, baseline=baseline), measure=measure, baseline=baseline, unfinished=found.unfinished
+    )
+    return table + exits_table(found.records, runs, measure=measure, baseline=baseline)

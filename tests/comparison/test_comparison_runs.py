@@ -68,7 +68,7 @@ def test_test_images_where_all_were_measured_on_them() -> None:
             {},
             r"runs were measured on different test images, so that .*; got a \(t\) and b \(other\)",
         ),
-        ([record("a", test={})], {}, "a has no top1_frac on test; got nothing"),
+        ([record("a", test={})], {}, "no run has measured top1_frac on test; expected anything"),
         ([record("a")], {"others": ["rl"]}, "--by names no field of the run's configuration; got rl; expected label_"),
     ],
 )

@@ -5,7 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from skd_dist.comparison import Measure, Record, Row, bootstrap_interval, compare, markdown_table, to_runs
+from skd_dist.comparison import Measure, Record, Row, bootstrap_interval, compare, exits_table, markdown_table, to_runs
 from skd_dist.errors import UserError
 from tests.finished_runs import ALONE, config, summary
 
@@ -97,8 +97,41 @@ def test_the_table() -> None:
         "| skd | small | big | 0.1 | 3 | 84.00 ± 4.00 | +9.00 | +4.00 to +13.00 | 42.00 | 30 | 95.00 (sample) | 0.45 |"
     )
     assert lines[2] == "| no_teacher | small | - | 0.1 | 3 | 75.00 ± 5.00 | - | - | 37.50 | 30 | - | - |"
-    assert "Left out, for they have not finished: runs/x." in lines
+    assert "Left out, for they have not finished: x." in lines
     assert len({line.count("|") for line in lines[:4]}) == 1
+
+
+def test_of_many_that_have_not_finished_five_are_named() -> None:
+    places = [f"runs/{name}" for name in "abcdefg"]
+    table = markdown_table(rows_of(*THREE_PAIRS), measure=TEST, baseline="no_teacher", unfinished=places)
+    assert "Left out, for they have not finished: a, b, c, d, e and 2 more." in table
+
+
+def exits(seed: int, *, last: float, ensemble: float) -> dict[str, object]:
+    """A run with an exit in its middle, the last and the ensemble; by name, not in network order."""
+    scores = {"ensemble": (ensemble, 300, 3e6), "last": (last, 200, 2e6), "stage1": (0.6, 100, 1e6)}
+    found = {
+        name: {"test": {"top1_frac": top1}, "val": {"top1_frac": 0.0}, "num_params": params, "flops_per_image": flops}
+        for name, (top1, params, flops) in scores.items()
+    }
+    return summary(seed=seed, method="mskd", top1=last, exits=found)
+
+
+def test_the_table_of_exits() -> None:
+    runs = [*THREE_PAIRS, exits(0, last=0.8, ensemble=0.82), exits(1, last=0.9, ensemble=0.86)]
+    records = [Record(place=str(at), config=config(), summary=found) for at, found in enumerate(runs)]
+    table = exits_table(records, to_runs(records, TEST), measure=TEST, baseline="no_teacher")
+    assert table.splitlines()[3:6] == [
+        "| mskd | small | big | 0.1 | - | stage1 | 2 | 60.00 ± 0.00 | -15.00 | -20.00 to -10.00 | 100 | 1.0 |",
+        "| mskd | small | big | 0.1 | - | last | 2 | 85.00 ± 7.07 | +10.00 | +10.00 to +10.00 | 200 | 2.0 |",
+        "| mskd | small | big | 0.1 | - | ensemble | 2 | 84.00 ± 2.83 | +9.00 | +6.00 to +12.00 | 300 | 3.0 |",
+    ]
+    assert len({row.count("|") for row in table.splitlines()[1:6]}) == 1
+
+
+def test_without_exits_there_is_no_table_of_them() -> None:
+    records = [Record(place=str(at), config=config(), summary=found) for at, found in enumerate(THREE_PAIRS)]
+    assert exits_table(records, to_runs(records, TEST), measure=TEST, baseline="no_teacher") == ""
 
 
 def test_a_table_without_the_baseline_says_so() -> None:

@@ -11,6 +11,7 @@ from recipes.kd_study import config as kd_study
 from skd_dist.config import RunConfig
 from skd_dist.errors import UserError
 from skd_dist.methods import find_method
+from skd_dist.methods.hinton import Hinton
 from skd_dist.prepare import prepare_models, write_plan
 from skd_dist.study import StudyConfig, cells_of, toy_study
 
@@ -141,7 +142,18 @@ def test_budgets() -> None:
             "--label-noises none symmetric:0.2 --imbalances none; leave --teacher-checkpoint out, and teachers are tr",
         ),
         ({"teacher_checkpoint": "t", "teachers": ("a", "b")}, "--teacher-checkpoint is of one network; got a b; give"),
-        ({"methods": ("mskd_oto",)}, "mskd_oto learns from the exits of its teacher; give --teacher-method multi_exit"),
+        *(
+            (
+                {"methods": (name,)},
+                f"{name} learns from the exits of its teacher; give --teacher-method",
+            )
+            for name in ("mskd_oto", "mskd@one_to_one=true")
+        ),
+        (
+            {"students": ("resnet18",), "teachers": ("resnet34", "test_vit")},
+            "with these --teachers resnet18 trains in unequal numbers of stages, and so of steps; got resnet34: 6, "
+            "test_vit: 5; study them apart",
+        ),
         (
             {"methods": ("rkd",), "budget": "published"},
             "--budget published: none is known for rkd; expected skd, no_teacher, simultaneous, hinton, at, hint_two",
@@ -166,3 +178,24 @@ def test_the_recipes_and_their_toys(name: str) -> None:
     }
     assert all(cell.student_checkpoint is None for cell in toys), "a toy downloads nothing"
     assert {"kd_study": 376, "skd_grid": 101, "sskd": 10, "mskd": 16}[name] == len(cells)
+
+
+def test_a_method_can_have_several_options_and_values_with_commas() -> None:
+    methods = ("hinton@alpha=0.5,temperature=2", "dml@peers=test_resnet,test_vit,mutual_weight=0.5")
+    cells = {
+        cell.method: cell
+        for cell in cells_of(study(methods=methods, seeds=(0,)))
+        if cell.method in methods[0] + methods[1]
+    }
+    assert cells["hinton"].method_options == "alpha=0.5 temperature=2"
+    assert cells["dml"].method_options == "peers=test_resnet,test_vit mutual_weight=0.5"
+    assert find_method("hinton", cells["hinton"].method_options) == Hinton(alpha=0.5, temperature=2)
+
+
+def test_a_method_of_the_user_s_that_needs_no_teacher_gets_none(tmp_path: Path) -> None:
+    file = tmp_path / "alone.py"
+    file.write_text(
+        "from skd_dist.methods.no_teacher import NoTeacher\n\n\nclass Alone(NoTeacher):\n    __slots__ = ()\n"
+    )
+    cells = cells_of(study(methods=(f"{file}:Alone",), seeds=(0,), teachers=("test_resnet", "skd_narrow_resnet26")))
+    assert len(cells) == 1 and cells[0].teacher_checkpoint is None

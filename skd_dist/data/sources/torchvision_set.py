@@ -11,8 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
+from skd_dist.data.checksum import checksum
 from skd_dist.data.pack_sample import KIND_OF_TASK, Task
 from skd_dist.data.scan import IMAGE_EXTENSIONS
 from skd_dist.data.sources.files import file_of
@@ -82,13 +84,14 @@ def _rows(name: str, split: str, dataset: Any, task: Task) -> list[Row]:
     listed = getattr(dataset, "samples", None)
     if KIND_OF_TASK[task] == "class" and isinstance(listed, list) and listed and isinstance(listed[0], tuple):
         return [_file_row(name, split, Path(path), label) for path, label, *_ in listed]
+    fingerprints = _fingerprints(dataset)
     labels = _labels(dataset) if KIND_OF_TASK[task] == "class" else [None] * len(dataset)
     return [
         Row(
             split=split,
             name=f"{name.lower()}_{number:07d}",
             place=f"{name} {split} {number}",
-            fingerprint=str(len(dataset)),
+            fingerprint=fingerprints[number],
             read=partial(_png, dataset, number, 0),
             extension="png",
             label=label,
@@ -110,6 +113,14 @@ def _file_row(name: str, split: str, path: Path, label: int) -> Row:
         extension=extension if extension in IMAGE_EXTENSIONS else None,
         label=label,
     )
+
+
+def _fingerprints(dataset: Any) -> list[str]:
+    """Checksums of the arrays of a set that holds them in memory (CIFAR, MNIST); of any other only its length."""
+    arrays = getattr(dataset, "data", None)
+    if arrays is None or len(arrays) != len(dataset):
+        return [str(len(dataset))] * len(dataset)
+    return [f"{checksum(np.ascontiguousarray(array).tobytes()):016x}" for array in arrays]
 
 
 def _labels(dataset: Any) -> list[int]:

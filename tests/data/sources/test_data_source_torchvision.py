@@ -83,6 +83,18 @@ def test_arrays_become_png(root: Path) -> None:
         assert sample.extension == "png" and np.array_equal(decode(sample.read()), pixels)
 
 
+def test_a_changed_array_is_another_source(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a set that says nothing of its content has its length."""
+    before = [sample.fingerprint for sample in read("Arrays", root).splits["train"]]
+    changed = PIXELS.copy()
+    changed[1, 0, 0, 0] ^= 1
+    monkeypatch.setitem(globals(), "PIXELS", changed)
+    after = [sample.fingerprint for sample in read("Arrays", root).splits["train"]]
+    assert [one == other for one, other in zip(before, after, strict=True)] == [True, False, True, True]
+    masks = read("Masks", root, task="segmentation", splits=("train",), class_names=("sky",)).splits["train"]
+    assert [sample.fingerprint.split() for sample in masks] == [["2"], ["2"]]
+
+
 def test_one_split_and_download_are_asked_for(tmp_path: Path, root: Path) -> None:
     assert list(read("Arrays", root, splits=("test",)).splits) == ["test"]
     with pytest.raises(UserError, match="torchvision cannot open Arrays; got Dataset not found or corrupted"):
