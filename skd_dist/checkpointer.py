@@ -5,6 +5,9 @@
 
 A save that fails anywhere fails everywhere: the old resume points stay, the run goes on, and one line says so. Saving
 changes nothing: snapshots are copies, and statistics are not averaged for it.
+
+Peers on ranks of their own have engines and resume points of their own, but stop and save after the same steps: what
+one wishes all do, a save that fails for one fails for all, and none removes an older point before all have the newer.
 """
 
 import json
@@ -24,6 +27,7 @@ from skd_dist.conversion import STUDENTS, convert
 from skd_dist.duration import Interval
 from skd_dist.errors import NoTeacherError, UserError
 from skd_dist.job.blackboard import Blackboard
+from skd_dist.link.cohort import CohortLink
 from skd_dist.meters import any_student
 from skd_dist.progress import StageProgress
 from skd_dist.quarantine import Quarantine
@@ -35,6 +39,7 @@ from skd_dist.resume_point import (
     Part,
     commit,
     give_up,
+    purge,
     rank_file,
     start_writing,
     write_part,
@@ -65,6 +70,7 @@ class Checkpointer:
         no_teacher: why this student has no teacher any more.
         on_saved: told the step and the seconds of every resume point that exists now.
         notify: shows one line to the user.
+        cohort: the way to the other peers, where they have ranks of their own.
     """
 
     def __init__(
@@ -83,9 +89,12 @@ class Checkpointer:
         no_teacher: Callable[[], NoTeacherError | None],
         on_saved: Callable[[int, float], None],
         notify: Callable[[str], None],
+        cohort: CohortLink | None = None,
     ) -> None:
         self._root = stage_root
         self._board = board
+        self._cohort = cohort
+        self._everyone = board if cohort is None else cohort.board
         self._engine = engine
         self._device = device
         self._interval = interval
@@ -116,7 +125,8 @@ class Checkpointer:
     def wishes(self) -> tuple[bool, bool]:
         # One clock decides, the first student's: the others have no wish of their own to save.
         due = self._interval.seconds is not None and self._board.rank == 0
-        return bool(due and time.monotonic() - self._last_s >= (self._interval.seconds or 0)), self._stop_asked()
+        save = bool(due and time.monotonic() - self._last_s >= (self._interval.seconds or 0))
+        return self._with_peers(save, self._stop_asked())
 
     def num_bad_samples(self) -> int:
         return self._quarantine.num_pending
@@ -132,15 +142,20 @@ class Checkpointer:
             self.save(progress)
 
     def leave_if_needed(self, progress: StageProgress) -> None:
-        """Leave where training stands, if any student has been asked to stop or has no teacher.
+        """Leave where training stands, if any student of any peer has been asked to stop or has no teacher.
 
         Collective; for a validation, between its batches. It will be done again, on the same weights.
 
         Raises:
             Preempted, UserError: as `give_up`; on all students.
         """
-        if any_student(self._stop_asked() or self._no_teacher() is not None):
+        (leaves,) = self._with_peers(self._stop_asked() or self._no_teacher() is not None)
+        if any_student(leaves):
             self._leave(progress)
+
+    def _with_peers(self, *wishes: bool) -> Any:
+        """Whether this student or one of its partners has each wish; all students then add theirs up."""
+        return wishes if self._cohort is None else self._cohort.any_wishes(*wishes)
 
     def _leave(self, progress: StageProgress) -> NoReturn:
         """With a resume point of what is done, and one reason for all: who was asked to stop need not be told why."""
@@ -157,27 +172,28 @@ class Checkpointer:
         return self._board.gather("share", text)
 
     def save(self, progress: StageProgress) -> bool:
-        """Write a resume point. Collective; whether it exists, equal on all students."""
+        """Write a resume point. Collective; whether it exists, equal on all students of all peers."""
         started = time.monotonic()
         step, part = progress.step, self._part(progress)
         error = self._try(lambda: start_writing(self._root, step)) if self._board.rank == 0 else {}
-        answers = [self._all_say("resume point begun", error)[0]]
-        if "error" not in answers[0]:
-            answers = self._all_say("resume point written", self._try(lambda: write_part(self._root, step, part)))
-        if not any("error" in answer for answer in answers):
-            done = self._try(lambda: self._commit(step, answers)) if self._board.rank == 0 else {}
-            answers = self._all_say("resume point committed", done)
-        failed = {rank: answer["error"] for rank, answer in enumerate(answers) if "error" in answer}
+        failed, _ = self._all_say("resume point begun", error)
+        if not failed:
+            written = self._try(lambda: write_part(self._root, step, part))
+            failed, files = self._all_say("resume point written", written)
+        if not failed:
+            done = self._try(lambda: self._commit(step, files)) if self._board.rank == 0 else {}
+            failed, _ = self._all_say("resume point committed", done)
         self._last_s = time.monotonic()
         if failed:
-            rank = min(failed)
             if self._board.rank == 0:
                 give_up(self._root, step)
-            self._notify(f"no resume point after step {step}: student {rank}: {failed[rank]}; older ones are kept")
-        else:
-            self._saved_step = step
-            self._on_saved(step, time.monotonic() - started)
-        return not failed
+            self._notify(f"no resume point after step {step}: {failed}; older ones are kept")
+            return False
+        self._saved_step = step
+        self._on_saved(step, time.monotonic() - started)
+        if self._board.rank == 0:
+            self._purge()
+        return True
 
     def restore(self, point: Path, manifest: Mapping[str, Any]) -> StageProgress:
         """Put engine and process into the state of a resume point of as many students. Collective."""
@@ -211,7 +227,7 @@ class Checkpointer:
         outcome: dict[str, Any] = {}
         if self._board.rank == 0:
             outcome = self._try(lambda: {"converted": str(convert(point, manifest, notify=self._notify))})
-        outcome = self._all_say("resume point converted", outcome)[0]
+        outcome = json.loads(self._board.gather("resume point converted", json.dumps(outcome))[0])
         if "error" in outcome:
             raise UserError(
                 f"resume point {point} cannot be converted for another number of students",
@@ -239,8 +255,23 @@ class Checkpointer:
         commit(self._root, step, files=files, record=record)
         return {}
 
-    def _all_say(self, point: str, answer: dict[str, Any]) -> list[dict[str, Any]]:
-        return [json.loads(text) for text in self._board.gather(point, json.dumps(answer))]
+    def _purge(self) -> None:
+        kept = self._try(lambda: purge(self._root))
+        if "error" in kept:
+            self._notify(f"older resume points cannot be removed: {kept['error']}")
+
+    def _all_say(self, point: str, answer: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
+        """Who failed first, and why, or nothing; and the answers of this peer's students."""
+        answers = [json.loads(text) for text in self._everyone.gather(point, json.dumps(answer))]
+        size = self._board.world_size
+        failed = ""
+        for place, one in reversed(list(enumerate(answers))):
+            if "error" in one:
+                peer, student = divmod(place, size)
+                of_peer = f" of peer {peer + 1}" if self._cohort else ""
+                failed = f"student {student}{of_peer}: {one['error']}"
+        first = (self._cohort.own_peer - 1) * size if self._cohort else 0
+        return failed, answers[first : first + size]
 
     def _try(self, action: Callable[[], Any]) -> dict[str, Any]:
         """What an action on the disk came to; a disk that fails is no reason to end a run."""

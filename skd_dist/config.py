@@ -21,13 +21,14 @@ from skd_dist.data.location import redact
 from skd_dist.data.selection import SelectionSpec
 from skd_dist.duration import parse_duration, parse_interval
 from skd_dist.errors import UserError
-from skd_dist.methods import find_method
+from skd_dist.methods import find_cohort, find_method
 from skd_dist.plan import OptimizerSpec
 from skd_dist.roles import Placement
 from skd_dist.teacher import TeacherDtype
 
 MAY_CHANGE_ON_RESUME = frozenset(
-    ("teacher_ranks", "teacher_placement", "deepspeed_config", "micro_batch_size", "num_workers", "run_dir")
+    ("teacher_ranks", "teacher_placement", "cohort_placement", "deepspeed_config", "micro_batch_size", "num_workers")
+    + ("run_dir",)
     + ("tracking_uri", "experiment", "resume", "prefetch", "network_interface", "toy", "dry_run", "name")
     + ("resume_or_start", "checkpoint_every", "grace", "stall_timeout", "teacher_timeout")
     + ("share_teacher_pass", "index_dir", "allow_pipe_urls", "cache_dir", "cache_gib", "on_bad_sample", "max_bad_frac")
@@ -82,6 +83,8 @@ class RunConfig:
     """Ranks that serve the teacher; 0 runs it inside each student; auto is 0 for one process, else a quarter."""
     teacher_placement: Placement = "spread"
     """spread: every node gives a share of its ranks; packed: whole nodes."""
+    cohort_placement: Literal["engine", "ranks"] = "engine"
+    """Peers of dml: all in one engine, or each on ranks of its own, which exchange logits at every micro-step."""
     teacher_dtype: TeacherDtype = "auto"
     """auto: fp16 on CUDA, bf16 on a CPU that has it in hardware, else fp32."""
     deepspeed_config: str = "auto"
@@ -218,6 +221,17 @@ class BatchShape:
     num_students: int
 
 
+def num_peer_groups(config: RunConfig) -> int:
+    """Into how many groups the ranks are split, each of which trains a peer.
+
+    Raises:
+        UserError: peers shall have ranks of their own, and the method has none.
+    """
+    if config.cohort_placement == "engine":
+        return 1
+    return len(find_cohort(config.method, config.method_options).networks(config.student))
+
+
 def batch_shape(config: RunConfig, *, num_students: int) -> BatchShape:
     """Split the global batch.
 
@@ -269,6 +283,8 @@ def check_config(config: RunConfig) -> None:
     if not (config.lr > 0 and math.isfinite(config.lr)):
         raise UserError("--lr cannot be used", got=config.lr, expected="a number above 0")
     find_method(config.method, config.method_options)
+    if config.cohort_placement == "ranks":
+        _check_cohort_on_ranks(config)
     parse_duration(config.stage_duration)
     parse_duration(config.head_duration)
     parse_interval(config.checkpoint_every, global_batch_size=config.global_batch_size, samples_per_epoch=1)
@@ -286,6 +302,23 @@ def check_config(config: RunConfig) -> None:
             got=config.teacher_timeout,
             expected=f"less than --stall-timeout {config.stall_timeout:g}",
         )
+
+
+def _check_cohort_on_ranks(config: RunConfig) -> None:
+    num_peer_groups(config)
+    if config.teacher_ranks not in (0, "auto"):
+        raise UserError(
+            "--cohort-placement ranks has no teacher, and no ranks for one",
+            got=f"--teacher-ranks {config.teacher_ranks}",
+            expected="0 or auto",
+        )
+    # A bad sample is found by one peer and not by the others: they would learn from logits of other images.
+    for flag, is_given in (
+        ("--share-teacher-pass", config.share_teacher_pass),
+        ("--on-bad-sample quarantine", config.on_bad_sample == "quarantine"),
+    ):
+        if is_given:
+            raise UserError(f"--cohort-placement ranks and {flag} exclude each other", do="leave one of them out")
 
 
 def _check_validation(config: RunConfig) -> None:

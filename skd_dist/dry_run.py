@@ -1,7 +1,7 @@
 """What a run would do, without doing it: plan, matching, roles, and what each stage costs.
 
-Nothing is written or downloaded and no weights are needed: models are built without storage, and shards without an
-index are scanned in memory.
+Nothing is written or downloaded and no weights are needed: models are built without storage (but where a method
+brings modules of its own, see `trial`), and shards without an index are scanned in memory.
 """
 
 import dataclasses
@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from skd_dist.cohort import take_part
 from skd_dist.config import RunConfig
 from skd_dist.data.selection import describe_steps
 from skd_dist.models.cost import GroupCost, exit_costs, group_costs
@@ -18,6 +19,7 @@ from skd_dist.plan import LOGITS, StageSpec
 from skd_dist.prepare import Prepared, prepare_run, unpack_embedded_data, uses_embedded_data
 from skd_dist.roles import RoleMap, World
 from skd_dist.runner import roles_of
+from skd_dist.trial import try_stages
 
 
 def describe_runs(configs: Sequence[RunConfig], *, world: World) -> str:
@@ -43,7 +45,9 @@ def _prepare_without_traces(config: RunConfig, roles: RoleMap, scratch: Path) ->
     if uses_embedded_data(config):
         config = dataclasses.replace(config, run_dir=scratch / "run")
         unpack_embedded_data(config)
-    return prepare_run(config, num_students=len(roles.student_ranks), keep_index=False)
+    prepared = prepare_run(config, num_students=roles.num_students, keep_index=False)
+    try_stages(prepared)
+    return take_part(prepared, 1) if roles.num_peers > 1 else prepared
 
 
 def _header(prepared: Prepared) -> str:
@@ -64,8 +68,11 @@ def _roles(roles: RoleMap, world: World) -> str:
     lines = ["roles"]
     for rank in range(roles.world_size):
         node, device = divmod(rank, world.ranks_per_node)
-        asks = f", asks teachers {list(roles.teachers_of(rank))}" if roles.role_of(rank) == "student" else ""
-        lines.append(f"  rank {rank}  node {node} device {device}  {roles.role_of(rank)} {roles.role_rank(rank)}{asks}")
+        is_student = roles.role_of(rank) == "student" and roles.num_peers == 1
+        asks = f", asks teachers {list(roles.teachers_of(rank))}" if is_student else ""
+        of_peer = f" of peer {roles.peer_of(rank)}" if roles.num_peers > 1 else ""
+        role = f"{roles.role_of(rank)} {roles.role_rank(rank)}{of_peer}"
+        lines.append(f"  rank {rank}  node {node} device {device}  {role}{asks}")
     return "\n".join(lines)
 
 

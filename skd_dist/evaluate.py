@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from skd_dist.contracts import Batch, Method, Outputs
 from skd_dist.engines.passes import arguments
 from skd_dist.link.ask_ahead import AskAhead
+from skd_dist.link.cohort import CohortLink
 from skd_dist.losses import cross_entropy
 from skd_dist.meters import ClassCounts, Meter
 from skd_dist.plan import LOGITS, StageSpec
 from skd_dist.stage_loop import to_device
-from skd_dist.stage_values import add_variances, with_nmse
+from skd_dist.stage_values import add_variances, with_nmse, with_peers
 from skd_dist.student import fed_features
 
 AfterBatch = Callable[[], None]
@@ -88,11 +89,13 @@ def evaluate_stage(
     ask: AskAhead,
     device: torch.device,
     after_batch: AfterBatch = go_on,
+    cohort: CohortLink | None = None,
 ) -> dict[str, float]:
     """The stage's own objective on a split: loss terms, NMSE, and accuracy where the stage has logits.
 
     Args:
         module: a plain StageModule on the device.
+        cohort: the way to the other peers, where the stage exchanges logits with them.
 
     Returns:
         `val/loss`, `val/<term>`, `val/nmse/<group>`, `val/top1_frac`, `val/top1_frac/<prediction>`; equal on all
@@ -108,6 +111,8 @@ def evaluate_stage(
         with torch.inference_mode():
             batch = to_device(cpu_batch, device)
             outputs = module(*arguments(batch.images, fed_features(stage, targets)))
+            if stage.exchanges:
+                targets = with_peers(targets, cohort, outputs, batch)
             terms = method.loss(stage, outputs, targets, batch, progress_frac=1.0)
             for name, term in terms.items():
                 meter.add_samples(name, term.per_sample, batch.valid)

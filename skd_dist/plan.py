@@ -81,6 +81,8 @@ class StageSpec:
     """Further outputs that the teacher is asked for by name; naming one twice asks for it once."""
     attack_steps: int = 0
     """How many of the first steps also compare logits at samples near the teacher's decision boundary (`attack`)."""
+    exchanges: bool = False
+    """Whether peers on ranks of their own train along: their logits come with the teacher's outputs."""
     num_steps: int
     """Optimizer steps, > 0."""
     optimizer: OptimizerSpec

@@ -85,6 +85,18 @@ class Splits:
         return np.arange(index.num_samples) if split == "test" or self.val_ids is None else self.val_ids
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Peer:
+    """Which part of a cohort a run is, where the peers have ranks and run directories of their own (`cohort`)."""
+
+    number: int
+    """From 1: that one is the run itself."""
+    run_dir: Path
+    """Of the whole, and of peer 1."""
+    initial_seed: int
+    """Of this peer's initial weights."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
     """A run that is ready to begin."""
@@ -95,6 +107,24 @@ class Prepared:
     splits: Splits
     shape: BatchShape
     plan: StagePlan
+    peer: Peer | None = None
+    """None where the run is not one of several peers."""
+
+    @property
+    def initial_seed(self) -> int:
+        """Of the student's weights before the first stage."""
+        return self.config.seed if self.peer is None else self.peer.initial_seed
+
+    @property
+    def tracked_beside(self) -> Path:
+        """The run directory beside which the default tracking store lies."""
+        return self.config.run_dir if self.peer is None else self.peer.run_dir
+
+    @property
+    def tracked_name(self) -> str:
+        """What the tracking calls the run."""
+        is_itself = self.peer is None or self.peer.number == 1
+        return self.tracked_beside.name + ("" if is_itself else f"-{self.config.run_dir.name}")
 
     @property
     def samples_per_epoch(self) -> int:

@@ -11,13 +11,16 @@ the manifest, renames the directory and syncs its parent. **A resume point exist
 directory of its final name. LATEST.json is a hint for people. Only after the new one has been read back are older ones
 removed; two are kept. What is found broken is set aside under another name, never deleted.
 
+Where peers train on ranks of their own each has such a directory, and no peer purges before all have committed: the
+newest point that all of them have is never removed.
+
 How the ranks come together is the caller's: nothing here waits for anybody.
 """
 
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,7 +118,7 @@ def adopt_engine_files(stage_root: Path, step: int) -> FileRecords:
 
 
 def commit(stage_root: Path, step: int, *, files: FileRecords, record: Mapping[str, Any]) -> Path:
-    """Make the resume point exist, and purge old ones. One rank calls this, after all have written their part.
+    """Make the resume point exist. One rank calls this, after all have written their part.
 
     Args:
         files: of all ranks.
@@ -139,10 +142,18 @@ def commit(stage_root: Path, step: int, *, files: FileRecords, record: Mapping[s
     verify(final, deep=False)
     write_json(stage_root / LATEST, {"step": step, "directory": final.name})
     reach("publish/latest")
+    return final
+
+
+def purge(stage_root: Path) -> None:
+    """Remove all but the newest resume points, and what unfinished attempts left. One rank calls this, after a commit.
+
+    Raises:
+        OSError: something cannot be removed.
+    """
     for old in [*_points(stage_root)[NUM_KEPT:], *stage_root.glob(".*.tmp")]:
         shutil.rmtree(old)
         reach("publish/purge")
-    return final
 
 
 def give_up(stage_root: Path, step: int) -> None:
@@ -177,17 +188,20 @@ def verify(point: Path, *, deep: bool) -> dict[str, Any]:
 
 
 def newest_sound(stage_root: Path, *, notify: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    """The newest resume point that is whole, byte for byte; broken ones are set aside and reported.
+    """The newest of `sound_points`, or None where there is none."""
+    return next(sound_points(stage_root, notify=notify), None)
 
-    Returns:
-        Its directory and manifest, or None where there is none.
+
+def sound_points(stage_root: Path, *, notify: Callable[[str], None]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Directory and manifest of each resume point that is whole, byte for byte, newest first.
+
+    Broken ones that are come by are set aside and reported.
     """
     for point in _points(stage_root):
         try:
-            return point, verify(point, deep=True)
+            yield point, verify(point, deep=True)
         except BrokenError as error:
             notify(f"resume point {point} is broken: {error}; set aside as {set_aside(point).name}")
-    return None
 
 
 def set_aside(point: Path) -> Path:

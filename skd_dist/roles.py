@@ -34,18 +34,52 @@ class RoleMap:
 
     world_size: int
     teacher_ranks: tuple[int, ...]
+    num_peers: int = 1
+    """Groups of student ranks, of equal size and one after the other, each of which trains a network of its own."""
 
     @property
     def student_ranks(self) -> tuple[int, ...]:
         return tuple(rank for rank in range(self.world_size) if rank not in self.teacher_ranks)
+
+    @property
+    def num_students(self) -> int:
+        """Student ranks that train one network together."""
+        return len(self.student_ranks) // self.num_peers
 
     def role_of(self, rank: int) -> Role:
         return "teacher" if rank in self.teacher_ranks else "student"
 
     def role_rank(self, rank: int) -> int:
         """Rank inside the world of its role."""
-        ranks = self.teacher_ranks if rank in self.teacher_ranks else self.student_ranks
-        return ranks.index(rank)
+        return self.world_of(rank).index(rank)
+
+    def peer_of(self, rank: int) -> int:
+        """Which peer a rank trains, counted from 1; where there is one network, 1 for all."""
+        return 1 if self.num_peers == 1 else 1 + self.student_ranks.index(rank) // self.num_students
+
+    def world_of(self, rank: int) -> tuple[int, ...]:
+        """The ranks whose collectives a rank takes part in: those of its role, and of its peer."""
+        if rank in self.teacher_ranks:
+            return self.teacher_ranks
+        first = (self.peer_of(rank) - 1) * self.num_students
+        return self.student_ranks[first : first + self.num_students]
+
+    def world_name(self, rank: int) -> str:
+        """What tells that world from the others of the launch."""
+        return f"{self.role_of(rank)}s" if self.num_peers == 1 else f"peer{self.peer_of(rank)}"
+
+    def run_ranks(self, rank: int) -> tuple[int, ...]:
+        """The ranks that have a run directory in common, the one that writes there first."""
+        return tuple(range(self.world_size)) if self.num_peers == 1 else self.world_of(rank)
+
+    def partners_of(self, rank: int) -> dict[int, int]:
+        """Number of each other peer -> the rank there that sees the same batches as this one."""
+        place, own = self.role_rank(rank), self.peer_of(rank)
+        return {
+            number: self.student_ranks[(number - 1) * self.num_students + place]
+            for number in range(1, self.num_peers + 1)
+            if number != own
+        }
 
     def teachers_of(self, student: int) -> tuple[int, ...]:
         """Global ranks of the teachers that a global student rank may ask, nearest share first.
@@ -78,6 +112,22 @@ def resolve_teacher_ranks(requested: int | Literal["auto"], world_size: int) -> 
             do="0 runs the teacher inside each student process",
         )
     return requested
+
+
+def make_peer_map(*, world_size: int, num_peers: int) -> RoleMap:
+    """Split the ranks among peers; there is no teacher.
+
+    Raises:
+        UserError: they cannot be split evenly.
+    """
+    if world_size % num_peers:
+        below, above = world_size // num_peers * num_peers, (world_size // num_peers + 1) * num_peers
+        raise UserError(
+            f"--cohort-placement ranks: {num_peers} peers cannot share the ranks evenly",
+            got=f"{world_size} ranks",
+            expected=f"for example {f'{below} or {above}' if below else above}",
+        )
+    return RoleMap(world_size=world_size, teacher_ranks=(), num_peers=num_peers)
 
 
 def make_role_map(*, world_size: int, ranks_per_node: int, num_teachers: int, placement: Placement) -> RoleMap:

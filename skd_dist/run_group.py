@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from skd_dist.checkpoint import cannot_go_on_without
+from skd_dist.cohort import PEERS, peer_config
 from skd_dist.config import RunConfig
 from skd_dist.display import RunDisplay
 from skd_dist.emergency import Guards
@@ -18,6 +19,7 @@ from skd_dist.errors import UserError
 from skd_dist.job.consensus import JobEnded, agree, check_shared_directory
 from skd_dist.job.rendezvous import Job
 from skd_dist.link.ask_ahead import AskAhead
+from skd_dist.link.cohort import CohortLink, open_cohort_link
 from skd_dist.methods import find_method
 from skd_dist.prepare import Prepared, teacher_not_used
 from skd_dist.run_record import write_summary
@@ -36,7 +38,7 @@ from skd_dist.stage_side import FoundPoint, StudentSide
 from skd_dist.student_run import run_student
 from skd_dist.teacher import Teacher
 from skd_dist.teacher_process import TeacherProcess
-from skd_dist.teacher_run import TeacherNote, load_teacher, make_link, serve_teacher
+from skd_dist.teacher_run import LINK_TIMEOUT, TeacherNote, load_teacher, make_link, serve_teacher
 from skd_dist.tracking import JOURNAL_FILE, NullTracker, RunTracker
 
 _MAY_DIFFER = frozenset(
@@ -94,7 +96,7 @@ def _share(one: RunConfig, other: RunConfig) -> bool:
 def run_group(
     configs: Sequence[RunConfig], job: Job, *, key: str, guards: Guards, worker: TeacherProcess | None
 ) -> list[dict[str, Any]]:
-    """Some runs on this rank, together.
+    """Some runs on this rank, together; where peers have ranks of their own, the part of this rank's peer.
 
     Args:
         configs: one, or several of one group.
@@ -102,7 +104,7 @@ def run_group(
         worker: holds the teacher of a teacher rank.
 
     Returns:
-        On rank 0 the summary of each, elsewhere nothing.
+        The summary of each on the rank that writes it, elsewhere nothing.
     """
     keys = [f"{key}-{number}" for number in range(len(configs))]
     try:
@@ -111,7 +113,7 @@ def run_group(
         runs = [_open(one, job, own, note) for one, own in zip(prepared, keys, strict=True)]
     except JobEnded as ended:
         guards.emergency.fail(str(ended))
-        _remove_those_empty(job, configs)
+        _remove_those_empty(job, configs, key)
         raise
     displays = [RunDisplay(enabled=job.world.rank == 0, is_alone=len(configs) == 1) for _ in configs]
     found: list[dict[str, Any]] = [{} for _ in runs]
@@ -121,7 +123,7 @@ def run_group(
         runs = [_track(run, job, guards, display) for run, display in zip(runs, displays, strict=True)]
         found = _train(runs, job, teacher, key, guards, displays)
     _check_teacher_unchanged(job, teacher, key)
-    if job.world.rank != 0:
+    if not job.writes:
         return []
     guards.notices.read(job.store)
     guards.notices.listener = None
@@ -132,8 +134,9 @@ def run_group(
 
 def _claim(config: RunConfig, job: Job, key: str, guards: Guards) -> Prepared:
     """Make the directory of a run this job's, and prepare the run."""
-    check_shared_directory(job, config.run_dir)
-    lock_directory(job, config, key, guards.emergency)
+    own = peer_config(config, job.peer)
+    check_shared_directory(job, own.run_dir)
+    lock_directory(job, own, key, guards.emergency)
     return prepare_together(job, config, key)
 
 
@@ -152,13 +155,14 @@ def _open(prepared: Prepared, job: Job, key: str, note: TeacherNote | None) -> O
 
 
 def _track(run: OpenRun, job: Job, guards: Guards, display: RunDisplay) -> OpenRun:
-    """The run with its tracker, on the first student; from here on its failures are written down."""
-    if job.world.rank == 0:
+    """The run with its tracker, on the rank that writes; from here on its failures are written down."""
+    if job.writes:
         with cannot_go_on_without(run.config.run_dir / JOURNAL_FILE):
             tracker = track_run(run.prepared, job, run.run_key, run.digest, notify=display.notice)
         guards.emergency.watch(tracker, run.config)
         run = dataclasses.replace(run, tracker=tracker)
-    display.start_run(f"{run.config.name}: {run.config.method}", len(run.prepared.plan.stages))
+    part = f", peer {job.peer} of {job.roles.num_peers}" if job.roles.num_peers > 1 else ""
+    display.start_run(f"{run.config.name}: {run.config.method}{part}", len(run.prepared.plan.stages))
     if unused := teacher_not_used(run.prepared):
         display.notice(unused)
     return run
@@ -182,10 +186,12 @@ def _train(
     guards.notices.listener = tell
     link = make_link(job, teacher, key, teacher_timeout_s=config.teacher_timeout_s, is_stopping=stop_asked)
     shares = _pass_plan(runs)
+    cohort = open_cohort_link(job, run_key=key, timeout=LINK_TIMEOUT) if job.roles.num_peers > 1 else None
     make_ask = AskAhead if shares is None else partial(SharedAsk, plan=shares)
     ask = make_ask(link, depth=config.prefetch, on_batch=guards.pulse.beat)
     sides = [
-        _student_side(run, job, ask, shares, stop_asked, display) for run, display in zip(runs, displays, strict=True)
+        _student_side(run, job, ask, shares, stop_asked, display, cohort)
+        for run, display in zip(runs, displays, strict=True)
     ]
     found = take_turns(
         [run_student(side) for side in sides],
@@ -195,6 +201,8 @@ def _train(
     guards.pulse.rest()
     if link is not None:
         link.close()
+    if cohort is not None:
+        cohort.close()
     for display in displays:
         display.end_run()
     return found
@@ -222,6 +230,7 @@ def _student_side(
     shares: PassPlan | None,
     stop_asked: Callable[[], bool],
     display: RunDisplay,
+    cohort: CohortLink | None,
 ) -> StudentSide:
     return StudentSide(
         prepared=run.prepared,
@@ -239,6 +248,7 @@ def _student_side(
         stop_asked=stop_asked,
         quarantine=quarantine_of(run.prepared, board=job.role_board, tracker=run.tracker, notify=display.notice),
         shares=shares,
+        cohort=cohort,
     )
 
 
@@ -249,11 +259,16 @@ def _check_teacher_unchanged(job: Job, teacher: Teacher | None, key: str) -> Non
     agree(job, f"{key}/finished", None)
 
 
-def _remove_those_empty(job: Job, configs: Sequence[RunConfig]) -> None:
+def _remove_those_empty(job: Job, configs: Sequence[RunConfig], key: str) -> None:
     """A run that was refused before it began leaves no directory behind."""
+    if job.roles.num_peers > 1:
+        job.board.gather(f"{key}/refused", "")  # until each peer has let go of its directory
     for config in configs if job.world.rank == 0 else ():
-        if config.run_dir.exists() and not any(config.run_dir.iterdir()):
-            config.run_dir.rmdir()
+        peers = [peer_config(config, number).run_dir for number in range(2, job.roles.num_peers + 1)]
+        parents = [config.run_dir / PEERS] if peers else []
+        for directory in [*peers, *parents, config.run_dir]:
+            if directory.exists() and not any(directory.iterdir()):
+                directory.rmdir()
 
 
 def _finish(run: OpenRun, found: dict[str, Any]) -> dict[str, Any]:
@@ -282,6 +297,7 @@ def _summary(prepared: Prepared, found: dict[str, Any], digest: str | None, trac
         "plan_digest": prepared.plan.digest(),
         "teacher": {"name": config.teacher, "digest": digest, "top1_frac": found.pop("teacher_top1_frac")},
         "student": {"name": config.student, "num_params": found.pop("num_params")},
+        **({} if prepared.peer is None else {"peer": prepared.peer.number}),
         **found,
         "mlflow": tracker.summary(),
     }

@@ -38,6 +38,7 @@ def identity_of(prepared: Prepared, *, teacher_digest: str | None, arithmetic: M
     return {
         **method_identity(prepared.method),
         "student": config.student,
+        "cohort_placement": config.cohort_placement,
         "teacher": config.teacher,
         "teacher_digest": teacher_digest,
         "teacher_dtype": config.teacher_dtype,

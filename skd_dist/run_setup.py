@@ -4,19 +4,20 @@ Each step is a point of agreement: a rank that cannot take it says why, and all 
 do with each other is the runner's.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from skd_dist.cohort import take_part
+from skd_dist.cohort_resume import common_num_done, common_point
 from skd_dist.config import MAY_CHANGE_ON_RESUME, RunConfig
 from skd_dist.data.location import redact
 from skd_dist.display import RunDisplay, waiting_bar
@@ -24,7 +25,7 @@ from skd_dist.emergency import Emergency
 from skd_dist.engines import EngineSpec, load_deepspeed_config
 from skd_dist.errors import UserError
 from skd_dist.job.blackboard import Blackboard
-from skd_dist.job.consensus import agree, broadcast_text, gather_text
+from skd_dist.job.consensus import agreed, broadcast_text, gather_text
 from skd_dist.job.rendezvous import Job
 from skd_dist.methods import method_identity
 from skd_dist.prepare import Prepared, prepare_run, unpack_embedded_data
@@ -43,6 +44,7 @@ from skd_dist.tracking import (
     resolve_experiment,
     resolve_tracking_uri,
 )
+from skd_dist.trial import try_stages
 
 JOB_TIMEOUT = timedelta(minutes=10)
 """How long ranks wait for each other: one of them may be held up by a slow file system (guess)."""
@@ -61,21 +63,10 @@ def collective_timeout(configs: Sequence[RunConfig]) -> timedelta:
     return max(JOB_TIMEOUT, longest_stall + _STALL_SPEAKS_FIRST)
 
 
-@contextlib.contextmanager
-def agreed(job: Job, point: str) -> Iterator[None]:
-    """A step that every rank takes and that ends every rank if one of them cannot take it."""
-    error: UserError | None = None
-    try:
-        yield
-    except UserError as caught:
-        error = caught
-    agree(job, point, error)
-
-
 def lock_directory(job: Job, config: RunConfig, key: str, emergency: Emergency) -> None:
     """Make this job the only one at work in the run directory; the lock is held until the run has ended."""
     with agreed(job, f"{key}/lock"):
-        if job.world.rank == 0:
+        if job.writes:
             try:
                 emergency.hold(take_lock(config.run_dir, patience_s=config.grace))
             except OSError as error:
@@ -85,53 +76,79 @@ def lock_directory(job: Job, config: RunConfig, key: str, emergency: Emergency) 
 
 
 def prepare_together(job: Job, config: RunConfig, key: str) -> Prepared:
-    """Rank 0 first, because it may have to write the index; then everybody, who must find the same."""
-    num_students = len(job.roles.student_ranks)
+    """Rank 0 first, because it may have to write the index; then everybody, who must find the same.
+
+    Where peers have ranks of their own each then takes its part, and only its own ranks have the same plan.
+
+    Args:
+        config: of the whole run.
+    """
+    num_students = job.roles.num_students
     prepared: Prepared | None = None
     with agreed(job, f"{key}/data"):
         if job.world.rank == 0:
             unpack_embedded_data(config)
             with waiting_bar("shards indexed") as on_progress:
                 prepared = prepare_run(config, num_students=num_students, on_progress=on_progress)
+            try_stages(prepared)
     with agreed(job, f"{key}/prepare"):
         prepared = prepared or prepare_run(config, num_students=num_students)
+        if job.roles.num_peers > 1:
+            prepared = take_part(prepared, job.peer)
+    everybody = range(job.world.world_size)
     identity = " ".join(f"{name} {value}" for name, value in method_identity(prepared.method).items())
-    _check_same(job, f"{key}/method", hashlib.sha256(identity.encode()).hexdigest(), what="method")
-    _check_same(job, f"{key}/plan", prepared.plan.digest(), what="plan")
-    _check_same(job, f"{key}/samples", prepared.splits.digest, what="choice of training samples")
-    _check_same(job, f"{key}/rest", prepared.splits.rest_digest, what="view of the shards")
+    _check_same(job, f"{key}/method", hashlib.sha256(identity.encode()).hexdigest(), what="method", ranks=job.run_ranks)
+    _check_same(job, f"{key}/plan", prepared.plan.digest(), what="plan", ranks=job.run_ranks)
+    _check_same(job, f"{key}/samples", prepared.splits.digest, what="choice of training samples", ranks=everybody)
+    _check_same(job, f"{key}/rest", prepared.splits.rest_digest, what="view of the shards", ranks=everybody)
     return prepared
 
 
-def _check_same(job: Job, point: str, digest: str, *, what: str) -> None:
+def _check_same(job: Job, point: str, digest: str, *, what: str, ranks: Sequence[int]) -> None:
     found = gather_text(job, point, digest)
+    first = ranks[0]
     with agreed(job, f"{point}-same"):
-        for rank, other in enumerate(found):
-            if other and found[0] and other != found[0]:
+        for rank in ranks:
+            if found[rank] and found[first] and found[rank] != found[first]:
                 raise UserError(
-                    f"rank {rank} has another {what} than rank 0",
-                    got=other[:12],
-                    expected=found[0][:12],
+                    f"rank {rank} has another {what} than rank {first}",
+                    got=found[rank][:12],
+                    expected=found[first][:12],
                     do="make all nodes see the same files and versions",
                 )
 
 
 def open_record(job: Job, prepared: Prepared, digest: str | None, key: str) -> tuple[str, int, FoundPoint | None]:
-    """The run key, the number of stages that are done, and the resume point inside the next, as rank 0 finds them."""
-    found: str | None = None
+    """The run key, the number of stages that are done, and the resume point inside the next.
+
+    As the rank finds them that writes the run's files; where peers have ranks of their own, what all peers have.
+    """
+    run_key, num_done, point = "", None, None
     with agreed(job, f"{key}/record"):
-        if job.world.rank == 0:
+        if job.writes:
             run_key = open_run_directory(
                 prepared, teacher_digest=digest, arithmetic=engine_spec_of(prepared.config).arithmetic()
             )
             num_done = count_done(prepared)
-            point = choose_point(prepared, num_done)
-            found = json.dumps([run_key, num_done, point.name if point else None])
+            if prepared.peer is None:
+                point = choose_point(prepared, num_done)
+    if prepared.peer is not None:
+        num_done, point = _meet_peers(job, prepared, num_done, key)
+    found = json.dumps([run_key, num_done, point.name if point else None]) if job.writes else None
     run_key, num_done, name = json.loads(broadcast_text(job, f"{key}/run-key", found))
     if name is None:
         return run_key, num_done, None
     path = _next_root(prepared, num_done) / name
     return run_key, num_done, FoundPoint(stage_index=num_done, path=path, manifest=verify(path, deep=False))
+
+
+def _meet_peers(job: Job, prepared: Prepared, num_done: int | None, key: str) -> tuple[int, Path | None]:
+    """Stages that all peers have done, and this peer's resume point at which all go on. Collective over all peers."""
+    all_done = common_num_done(job, num_done, key)
+    if all_done == len(prepared.plan.stages):
+        return all_done, None
+    has_saved = job.writes and was_published(prepared.config.run_dir, is_ahead=num_done != all_done)
+    return all_done, common_point(job, _next_root(prepared, all_done), has_saved=has_saved, key=key)
 
 
 def keep_micro_batch_size(prepared: Prepared, point: FoundPoint | None) -> Prepared:
@@ -169,14 +186,18 @@ def choose_point(prepared: Prepared, num_done: int) -> Path | None:
     return found[0] if found else None
 
 
-def was_published(run_dir: Path) -> bool:
-    """Whether the journal knows of anything that this run could go on from."""
+def was_published(run_dir: Path, *, is_ahead: bool = False) -> bool:
+    """Whether the journal knows of anything that this run could go on from.
+
+    Args:
+        is_ahead: whether the stage has a result here that must not be used: another peer has none.
+    """
     path = run_dir / JOURNAL_FILE
     if not path.exists():
         return False
     published = {event.data["what"] for event, _ in read_events(path) if event.kind == "published"}
     # A result that was there has outlived its resume points: the user removed it, and was told to begin there again.
-    return "resume_point" in published and "stage_result" not in published
+    return "resume_point" in published and (is_ahead or "stage_result" not in published)
 
 
 def _next_root(prepared: Prepared, num_done: int) -> Path:
@@ -229,14 +250,15 @@ def track_run(
     fixed = {name: value for name, value in config.to_json().items() if name not in MAY_CHANGE_ON_RESUME}
     tracker = open_tracker(
         config.run_dir,
-        resolve_tracking_uri(config.tracking_uri, environ=os.environ, run_dir=config.run_dir),
+        resolve_tracking_uri(config.tracking_uri, environ=os.environ, run_dir=prepared.tracked_beside),
         experiment=resolve_experiment(config.experiment, environ=os.environ, default="skd_dist"),
-        run_name=config.run_dir.name,
+        run_name=prepared.tracked_name,
         run_key=run_key,
         params={**fixed, "teacher_digest": digest, "data_digest": splits.digest},
         tags={
             **{name: value for name, value in config.to_json().items() if name in MAY_CHANGE_ON_RESUME},
-            "num_students": len(job.roles.student_ranks),
+            "num_students": job.roles.num_students,
+            **({} if prepared.peer is None else {"peer": prepared.peer.number}),
             "num_teachers": len(job.roles.teacher_ranks),
             "host": platform.node(),
             "launcher": job.world.launcher,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from skd_dist.checkpointer import Preempted
-from skd_dist.config import RunConfig, batch_shape, check_config
+from skd_dist.config import RunConfig, batch_shape, check_config, num_peer_groups
 from skd_dist.display import RunDisplay, summary_table
 from skd_dist.emergency import Emergency, Guards
 from skd_dist.errors import EXIT_USER_ERROR, UserError
@@ -23,7 +23,7 @@ from skd_dist.job.notices import NoticeReader
 from skd_dist.job.pulse import Pulse, StallWatch
 from skd_dist.job.rendezvous import join_job, leave_job
 from skd_dist.job.stop_request import EXIT_STOPPED, StopRequest, ending_with, launchers_above
-from skd_dist.roles import RoleMap, World, make_role_map, resolve_teacher_ranks
+from skd_dist.roles import RoleMap, World, make_peer_map, make_role_map, resolve_teacher_ranks
 from skd_dist.run_group import groups_of, run_group
 from skd_dist.run_record import resume_those_begun
 from skd_dist.run_setup import (
@@ -36,7 +36,14 @@ from skd_dist.teacher_run import start_worker
 
 
 def roles_of(config: RunConfig, world: World) -> RoleMap:
-    """Which rank is what in a run."""
+    """Which rank is what in a run.
+
+    Raises:
+        UserError: the ranks do not fit what is asked for.
+    """
+    num_peers = num_peer_groups(config)
+    if num_peers > 1:
+        return make_peer_map(world_size=world.world_size, num_peers=num_peers)
     return make_role_map(
         world_size=world.world_size,
         ranks_per_node=world.ranks_per_node,
@@ -54,10 +61,13 @@ def check_runs(configs: Sequence[RunConfig], *, world: World) -> None:
     for config in configs:
         check_config(config)
         roles = roles_of(config, world)
-        batch_shape(config, num_students=len(roles.student_ranks))
+        batch_shape(config, num_students=roles.num_students)
         engine_spec_of(config)
         if roles != roles_of(configs[0], world):
-            raise UserError(f"run {config.name}: the runs of one launch must have the same --teacher-ranks")
+            raise UserError(
+                f"run {config.name}: the runs of one launch must have the same ranks for the same roles",
+                do="give all the same --teacher-ranks, --cohort-placement and number of peers",
+            )
     if len({config.run_dir for config in configs}) != len(configs):
         raise UserError("two runs of this launch have the same run directory", do="give each a name of its own")
 
@@ -111,14 +121,14 @@ def run_all(configs: Sequence[RunConfig], *, world: World) -> int:
         emergency.fail(str(ended))
         exit_code = ended.exit_code
     except UserError as error:
-        watch.post_failure(error.line)
+        watch.post_failure(job.named(error.line))
     except Preempted as stopped:
         emergency.end("KILLED", str(stopped))
         watch.post_failure(f"{stopped}; continue with --resume", exit_code=EXIT_STOPPED)
     except Exception as error:
         if not watch.is_ending:  # else it is only how a collective ends whose other side has left already
             traceback.print_exc()
-        watch.post_failure(f"rank {job.world.rank} failed: {error!r}")
+        watch.post_failure(job.named(f"rank {job.world.rank} failed: {error!r}"))
     watch.stop()
     if worker is not None:
         worker.close()

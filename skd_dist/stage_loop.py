@@ -1,7 +1,8 @@
 """The one training loop of the project: a stage, read from top to bottom.
 
-    loader -> ask the teacher, running ahead -> (attack it) -> student forward -> method's terms per sample -> masked
-    mean in float32 -> backward -> a teacher for all, and finite? -> update -> meters -> report
+    loader -> ask the teacher, running ahead -> (attack it) -> student forward -> (swap logits with other peers) ->
+    method's terms per sample -> masked mean in float32 -> backward -> a teacher for all, and finite? -> update ->
+    meters -> report
 
 It knows no method, no engine and no launcher by name. Stages, files and tracking are the runner's.
 """
@@ -18,11 +19,19 @@ from skd_dist.contracts import Batch, Engine, LossTerms, Method, Outputs
 from skd_dist.data.seeds import derive_seed
 from skd_dist.errors import UserError
 from skd_dist.link.ask_ahead import AskAhead
+from skd_dist.link.cohort import CohortLink
 from skd_dist.meters import Meter, sum_over_students
 from skd_dist.optim import learning_rate_at
 from skd_dist.plan import StageSpec
 from skd_dist.progress import StageProgress
-from skd_dist.stage_values import add_variances, masked_mean, no_loss, rates_over_students, with_nmse
+from skd_dist.stage_values import (
+    add_variances,
+    masked_mean,
+    no_loss,
+    rates_over_students,
+    with_nmse,
+    with_peers,
+)
 from skd_dist.student import fed_features
 
 _MAX_NAMED_SAMPLES = 5
@@ -102,6 +111,7 @@ def run_stage(
     report_every: int,
     on_report: OnReport,
     interruptions: Interruptions,
+    cohort: CohortLink | None = None,
 ) -> None:
     """Train one stage, or some consecutive steps of it.
 
@@ -116,9 +126,11 @@ def run_stage(
         seed: of the run, for what a step draws: a function of the step, so that a resumed run draws it again.
         report_every: steps between reports, > 0.
         interruptions: saving and stopping.
+        cohort: the way to the other peers, where the stage exchanges logits with them.
 
     Raises:
         UserError: the loss is not finite, no teacher is left, or too many samples are bad; no student has updated then.
+            Another peer is gone, or elsewhere.
     """
     stream = ask.stream(batches, stage.teacher_outputs)
     ask.stats()
@@ -142,6 +154,8 @@ def run_stage(
             if targets is None:
                 engine.backward(no_loss(outputs))  # the other students wait in the collectives of this backward pass
                 continue
+            if stage.exchanges:
+                targets = with_peers(targets, cohort, outputs, batch)
             terms = method.loss(stage, outputs, targets, batch, progress_frac=step / stage.num_steps)
             loss = masked_mean(terms, batch.valid)
             engine.backward(loss)

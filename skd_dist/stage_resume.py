@@ -96,6 +96,7 @@ def make_checkpointer(side: StudentSide, stage: StageSpec, engine: Engine, state
         no_teacher=lambda: side.ask.no_teacher,
         on_saved=lambda step, seconds: _note_saved(side, stage, step, seconds),
         notify=side.display.notice,
+        cohort=side.cohort,
     )
 
 
@@ -107,7 +108,7 @@ def begin(side: StudentSide, stage: StageSpec, checkpointer: Checkpointer) -> St
     """
     found = _point_of(side, stage)
     if found is None:
-        seed_process(derive_seed("process", side.prepared.config.seed, stage.index, side.student_rank))
+        seed_process(_process_seed(side, stage))
         return StageProgress()
     check_belongs(found.manifest, checkpointer.record, what=f"resume point {found.path}")
     notes = differences(found.manifest, checkpointer.record)
@@ -118,8 +119,7 @@ def begin(side: StudentSide, stage: StageSpec, checkpointer: Checkpointer) -> St
         progress = checkpointer.restore(found.path, found.manifest)
     else:
         progress = checkpointer.restore_converted(found.path, found.manifest)
-        seed = side.prepared.config.seed
-        seed_process(derive_seed("process", seed, stage.index, side.student_rank, progress.step))
+        seed_process(_process_seed(side, stage, progress.step))
     side.tracker.log_resumed(stage=stage.name, step=progress.step, rel_tol=OTHER_MACHINE_REL_TOL if notes else 0.0)
     side.display.notice(f"stage {stage.name} goes on after step {progress.step}")
     return progress
@@ -133,6 +133,13 @@ def _point_of(side: StudentSide, stage: StageSpec) -> FoundPoint | None:
 def _note_saved(side: StudentSide, stage: StageSpec, step: int, seconds: float) -> None:
     side.tracker.log_published("resume_point", stage=stage.name, step=step)
     side.tracker.log_metrics({"perf/save_s": seconds}, step=step, child=True)
+
+
+def _process_seed(side: StudentSide, stage: StageSpec, *more: int) -> int:
+    """Peers draw apart, as they would from one random state in one engine; what they draw there is another thing."""
+    peer = side.prepared.peer
+    of_peer = () if peer is None or peer.number == 1 else (b"peer", peer.number)
+    return derive_seed("process", side.prepared.config.seed, stage.index, side.student_rank, *more, *of_peer)
 
 
 def seed_process(seed: int) -> None:

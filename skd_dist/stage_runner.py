@@ -93,6 +93,7 @@ def train_stage(side: StudentSide, stage: StageSpec, state: State) -> Turns[Stag
                     report_every=max(1, stage.num_steps // REPORTS_PER_STAGE),
                     on_report=lambda step, values: _report(side, stage, step, {**values, **side.quarantine.metrics()}),
                     interruptions=checkpointer,
+                    cohort=side.cohort,
                 )
             yield
         leave_if_needed()
@@ -142,6 +143,7 @@ def validate(side: StudentSide, stage: StageSpec, module_state: State, *, after_
             ask=side.ask,
             device=side.device,
             after_batch=after_batch,
+            cohort=side.cohort,
         )
     side.quarantine.settle_if_needed()
     return values
@@ -296,8 +298,16 @@ def _companion(side: StudentSide, module_state: Mapping[str, Tensor]) -> Compani
 
 
 def _publish(side: StudentSide, stage: StageSpec, result: StageResult) -> None:
-    if not side.writes:
-        return
+    if side.writes:
+        _write_result(side, stage, result)
+    if side.cohort is not None:
+        # A peer that is killed before it has published goes on from a resume point that the others must have too.
+        side.cohort.board.gather(f"published {stage.name}", "")
+    if side.writes:
+        remove_all(side.resume_root(stage))
+
+
+def _write_result(side: StudentSide, stage: StageSpec, result: StageResult) -> None:
     write_stage_result(
         side.stage_directory(stage),
         result.state,
@@ -314,4 +324,3 @@ def _publish(side: StudentSide, stage: StageSpec, result: StageResult) -> None:
         companion=result.companion,
     )
     side.tracker.log_published("stage_result", stage=stage.name, step=stage.num_steps)
-    remove_all(side.resume_root(stage))

@@ -12,6 +12,7 @@ from skd_dist.display import RunDisplay
 from skd_dist.engines import EngineSpec
 from skd_dist.job.blackboard import Blackboard
 from skd_dist.link.ask_ahead import AskAhead
+from skd_dist.link.cohort import CohortLink
 from skd_dist.plan import StageSpec
 from skd_dist.prepare import Prepared
 from skd_dist.quarantine import Quarantine
@@ -56,6 +57,8 @@ class StudentSide:
     """Of this run."""
     shares: PassPlan | None = None
     """With whom it takes turns, where `ask` is shared."""
+    cohort: CohortLink | None = None
+    """The way to the other peers, where they have ranks of their own."""
 
     @property
     def writes(self) -> bool:

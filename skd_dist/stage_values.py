@@ -10,10 +10,11 @@ import psutil
 import torch
 from torch import Tensor
 
-from skd_dist.contracts import LossTerms, Outputs
+from skd_dist.contracts import Batch, LossTerms, Outputs
+from skd_dist.link.cohort import CohortLink
 from skd_dist.losses import feature_moments
 from skd_dist.meters import Meter
-from skd_dist.plan import StageSpec
+from skd_dist.plan import LOGITS, StageSpec
 
 
 def masked_mean(terms: LossTerms, valid: Tensor) -> Tensor:
@@ -35,6 +36,12 @@ def masked_mean(terms: LossTerms, valid: Tensor) -> Tensor:
 def no_loss(outputs: Outputs) -> Tensor:
     """Zero, through everything that a loss of these outputs could move."""
     return torch.stack([0 * output.float().sum() for output in outputs.values()]).sum()
+
+
+def with_peers(targets: Outputs, cohort: CohortLink | None, outputs: Outputs, batch: Batch) -> Outputs:
+    """The targets, and beside them the other peers' logits of this micro-batch."""
+    assert cohort is not None, "a stage that exchanges logits has peers on ranks of their own"
+    return {**targets, **cohort.swap_logits(outputs[LOGITS], batch.keys)}
 
 
 def add_variances(meter: Meter, stage: StageSpec, targets: Outputs, valid: Tensor) -> None:

@@ -199,6 +199,11 @@ def build_stage_module(
         stage=stage,
         teacher_cut=teacher_cut,
         frozen_batchnorm=frozen_batchnorm,
-        seed=seed * 1000 + stage.index,
+        seed=stage_seed(seed, stage_index=stage.index),
         method=method,
     )
+
+
+def stage_seed(seed: int, *, stage_index: int) -> int:
+    """Of the initial weights that a stage brings: adapters, then the companion."""
+    return seed * 1000 + stage_index

@@ -145,7 +145,9 @@ def run_stages(side: StudentSide) -> Turns[tuple[State, list[dict[str, Any]], Co
 def initial_state(side: StudentSide) -> State:
     """The student before the first stage: random from the seed, or from a checkpoint."""
     config, cut = side.prepared.config, side.prepared.models.student
-    model = create_model(cut.name, num_classes=cut.num_classes, image_size=cut.image_size, seed=config.seed)
+    model = create_model(
+        cut.name, num_classes=cut.num_classes, image_size=cut.image_size, seed=side.prepared.initial_seed
+    )
     if config.student_checkpoint is not None:
         load_weights(model, config.student_checkpoint, what="initial checkpoint", new_head=True)
     return {name: value.detach().clone() for name, value in model.state_dict().items()}

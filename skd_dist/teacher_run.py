@@ -14,7 +14,7 @@ import torch
 from skd_dist.config import RunConfig
 from skd_dist.contracts import TeacherLink
 from skd_dist.errors import UserError
-from skd_dist.job.consensus import gather_text, print_error
+from skd_dist.job.consensus import agreed, gather_text, print_error
 from skd_dist.job.notices import post_notice
 from skd_dist.job.rendezvous import Job
 from skd_dist.link.inline import InlineLink, no_attack
@@ -23,7 +23,7 @@ from skd_dist.link.teacher_side import Event, cannot_be_lost, serve
 from skd_dist.models.exits import is_exit
 from skd_dist.prepare import Prepared
 from skd_dist.roles import Role
-from skd_dist.run_setup import agreed, device_of
+from skd_dist.run_setup import device_of
 from skd_dist.teacher import Teacher
 from skd_dist.teacher_load import Load, build_teacher
 from skd_dist.teacher_members import members_of

@@ -55,6 +55,15 @@ def run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Run:
         ),
         (("--resume",), "--resume: no run in"),
         (
+            ("--method", "dml", "--method-options", "peers=inception_v3"),
+            "model inception_v3 cannot be run at 32 pixels; got .*; choose another --image-size",
+        ),
+        (
+            ("--method-options", "input_from=teacher", "--student", "selecsls42b", "--teacher", "selecsls42b")
+            + ("--image-size", "64"),
+            "model selecsls42b cannot be fed in its middle; got group stage1: its feature is not what one of its mod",
+        ),
+        (
             ("--method", "mskd_oto", "--teacher-checkpoint", "TEACHER", "--no-allow-untrained-teacher"),
             r"teacher skd_narrow_resnet26 has no exits; got no file .*exits\.safetensors; train one with rec",
         ),

@@ -35,6 +35,7 @@ FLAGS = [
     "--imbalance",
     "--teacher-ranks",
     "--teacher-placement",
+    "--cohort-placement",
     "--teacher-dtype",
     "--deepspeed-config",
     "--global-batch-size",
@@ -119,6 +120,34 @@ def test_a_holdout_takes_the_place_of_a_recipes_validation_shards() -> None:
         ({"max_bad_frac": 1.5}, "--max-bad-frac cannot be used; got 1.5; expected 0 to 1"),
         ({"prefetch": -1}, "--prefetch cannot be used; got -1; expected 0 or more"),
         ({"method": "skdd"}, "unknown --method; got skdd; expected skd, sskd, no_teacher, simultaneous"),
+        (
+            {"cohort_placement": "ranks"},
+            "--cohort-placement ranks needs a cohort of separate networks; got --method skd; expected dml",
+        ),
+        (
+            {"cohort_placement": "ranks", "method": "one"},
+            "--cohort-placement ranks needs a cohort of separate networks; got --method one; expected dml",
+        ),
+        (
+            {"cohort_placement": "ranks", "method": "skd,dml"},
+            "--cohort-placement ranks needs a cohort of separate networks; got --method skd,dml; expected dml",
+        ),
+        (
+            {"cohort_placement": "ranks", "method": "dml", "teacher_ranks": 1},
+            "--cohort-placement ranks has no teacher, and no ranks for one; got --teacher-ranks 1; expected 0 or auto",
+        ),
+        (
+            {"cohort_placement": "ranks", "method": "dml", "share_teacher_pass": True},
+            "--cohort-placement ranks and --share-teacher-pass exclude each other; leave one of them out",
+        ),
+        (
+            {"cohort_placement": "ranks", "method": "dml", "on_bad_sample": "quarantine"},
+            "--cohort-placement ranks and --on-bad-sample quarantine exclude each other; leave one of them out",
+        ),
+        (
+            {"method": "dml", "method_options": "peers=resnet18,resnet999"},
+            "--method-options: unknown model; got resnet999; expected a name that timm knows, perhaps .*; dml takes ",
+        ),
         ({"stage_duration": "3"}, "duration cannot be read; got '3'"),
     ],
 )

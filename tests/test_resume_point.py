@@ -18,6 +18,7 @@ from skd_dist.resume_point import (
     commit,
     give_up,
     newest_sound,
+    purge,
     remove_all,
     start_writing,
     verify,
@@ -34,7 +35,9 @@ def publish(root: Path, step: int) -> Path:
     )
     start_writing(root, step)
     files = write_part(root, step, part)
-    return commit(root, step, files=files, record={"identity": {"seed": 0}})
+    point = commit(root, step, files=files, record={"identity": {"seed": 0}})
+    purge(root)
+    return point
 
 
 def newest(root: Path) -> tuple[int | None, list[str]]:

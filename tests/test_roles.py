@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skd_dist.errors import UserError
-from skd_dist.roles import RoleMap, make_role_map, resolve_teacher_ranks
+from skd_dist.roles import RoleMap, make_peer_map, make_role_map, resolve_teacher_ranks
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,21 @@ def test_role_rank_is_not_the_device_index():
     roles = make_role_map(world_size=8, ranks_per_node=4, num_teachers=2, placement="spread")
     assert (roles.role_of(5), roles.role_rank(5), 5 % 4) == ("student", 4, 1)
     assert (roles.role_of(7), roles.role_rank(7), 7 % 4) == ("teacher", 1, 3)
+
+
+def test_six_ranks_of_three_peers():
+    roles = make_peer_map(world_size=6, num_peers=3)
+    assert [roles.peer_of(rank) for rank in range(6)] == [1, 1, 2, 2, 3, 3]
+    assert [roles.role_rank(rank) for rank in range(6)] == [0, 1] * 3
+    assert roles.num_students == 2
+    assert (roles.world_of(3), roles.run_ranks(3), roles.world_name(3)) == ((2, 3), (2, 3), "peer2")
+    assert roles.partners_of(3) == {1: 1, 3: 5}
+
+
+def test_one_network_is_trained_by_all_students_and_its_run_is_everybody_s():
+    roles = RoleMap(world_size=4, teacher_ranks=(3,))
+    assert (roles.world_of(1), roles.world_name(1), roles.world_name(3)) == ((0, 1, 2), "students", "teachers")
+    assert (roles.run_ranks(3), roles.partners_of(1), roles.num_students) == ((0, 1, 2, 3), {}, 3)
 
 
 def test_sharing_teachers():

@@ -67,7 +67,7 @@ class Side:
         self.heard: list[object] = []
         self.resume_point, self.student_rank = point, rank
         self.prepared = SimpleNamespace(
-            config=SimpleNamespace(seed=3), shape=SimpleNamespace(num_students=num_students)
+            config=SimpleNamespace(seed=3), shape=SimpleNamespace(num_students=num_students), peer=None
         )
         self.quarantine = SimpleNamespace(adopt=lambda state: None)
         self.display = SimpleNamespace(notice=self.heard.append)

@@ -111,6 +111,8 @@ def read_directories(paths: Sequence[Path]) -> Found:
 def read_store(uri: str | None, *, experiment: str) -> Found:
     """Runs of an experiment in an MLflow store; None: the one that the environment names.
 
+    Peers that trained beside a run are no results; who wants to see them gives their directories.
+
     Raises:
         UserError: the store does not answer, or has no such experiment.
     """
@@ -118,12 +120,11 @@ def read_store(uri: str | None, *, experiment: str) -> Found:
     import_mlflow(store)
     from skd_dist.tracking.reading import read_runs  # mlflow takes seconds
 
-    return _sorted_out(
-        [
-            (f"{store.public_uri} {run.name} {run.run_id}", run.params, json.loads(run.summary) if run.summary else {})
-            for run in read_runs(store, experiment=experiment)
-        ]
-    )
+    found = [
+        (f"{store.public_uri} {run.name} {run.run_id}", run.params, json.loads(run.summary) if run.summary else {})
+        for run in read_runs(store, experiment=experiment)
+    ]
+    return _sorted_out([part for part in found if part[2].get("peer", 1) == 1])
 
 
 def to_runs(records: Sequence[Record], measure: Measure, *, others: Sequence[str] = ()) -> list[FinishedRun]:

@@ -35,13 +35,32 @@ class Blackboard:
 
     Calls are numbered, so every rank must make the same calls in the same order; the name of the point is compared to
     catch the programming error of two ranks being at different ones.
+
+    Args:
+        store: the job's.
+        rank: of this process among those of the board.
+        world_size: how many they are.
+        timeout: how long a rank is waited for that gives no sign of life.
+        name: tells this board from others on the store.
+        global_ranks: of the board's ranks, by which signs of life and messages name them; None: they are the same.
     """
 
-    def __init__(self, store: dist.Store, *, rank: int, world_size: int, timeout: timedelta) -> None:
+    def __init__(
+        self,
+        store: dist.Store,
+        *,
+        rank: int,
+        world_size: int,
+        timeout: timedelta,
+        name: str = "board",
+        global_ranks: Sequence[int] | None = None,
+    ) -> None:
         self.store = store
         self.rank = rank
         self.world_size = world_size
         self.timeout = timeout
+        self._name = name
+        self._global_ranks = tuple(global_ranks or range(world_size))
         self._calls = itertools.count()
         self._ages = PeerAges(store)
 
@@ -52,7 +71,7 @@ class Blackboard:
             UserError: a rank did not come in time and gives no sign of life, or the store is gone with rank 0.
         """
         call = next(self._calls)
-        keys = [f"board/{call}/{rank}" for rank in range(self.world_size)]
+        keys = [f"{self._name}/{call}/{rank}" for rank in range(self.world_size)]
         try:
             self.store.set(keys[self.rank], f"{point}\n{text}")
             self._wait_for_all(point, keys)
@@ -78,7 +97,7 @@ class Blackboard:
         timeout_s = self.timeout.total_seconds()
         started = time.monotonic()
         while not wait_for_keys(self.store, keys, timeout=min(self.timeout, timedelta(seconds=PERIOD_S))):
-            missing = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
+            missing = [rank for rank, key in zip(self._global_ranks, keys, strict=True) if not self.store.check([key])]
             silent = [rank for rank in missing if not self._ages.is_alive(rank, within_s=timeout_s)]
             if silent and time.monotonic() - started > timeout_s:
                 raise self._missing(point, silent)

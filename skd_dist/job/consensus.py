@@ -5,9 +5,11 @@ knows ends all of them: one line, printed by the lowest rank that knows, and the
 such points a failure is `failure.FailureWatch`'s matter.
 """
 
+import contextlib
 import secrets
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from skd_dist.errors import EXIT_USER_ERROR, UserError
@@ -41,12 +43,14 @@ def agree(job: Job, point: str, error: UserError | None) -> None:
         JobEnded: on every rank, if any had an error; the lowest such rank has printed its line.
         UserError: a rank did not come within the job's timeout.
     """
-    agree_on(job.board, point, error)
+    agree_on(job.board, point, error, named=job.named)
 
 
-def agree_on(board: Blackboard, point: str, error: UserError | None) -> None:
-    """`agree` for a rank that has not joined its job completely yet."""
-    lines = board.gather(point, "" if error is None else error.line)
+def agree_on(
+    board: Blackboard, point: str, error: UserError | None, *, named: Callable[[str], str] = lambda line: line
+) -> None:
+    """`agree` for a rank that has not joined its job completely yet; `named` says whose line it is."""
+    lines = board.gather(point, "" if error is None else named(error.line))
     known_by = [rank for rank, line in enumerate(lines) if line]
     if not known_by:
         return
@@ -55,37 +59,48 @@ def agree_on(board: Blackboard, point: str, error: UserError | None) -> None:
     raise JobEnded(lines[known_by[0]]) from error
 
 
+@contextlib.contextmanager
+def agreed(job: Job, point: str) -> Iterator[None]:
+    """A step that every rank takes and that ends every rank if one of them cannot take it."""
+    error: UserError | None = None
+    try:
+        yield
+    except UserError as caught:
+        error = caught
+    agree(job, point, error)
+
+
 def gather_text(job: Job, point: str, text: str) -> list[str]:
     """All ranks' texts in the order of global ranks, the same on every rank."""
     return job.board.gather(point, text)
 
 
 def broadcast_text(job: Job, point: str, text: str | None) -> str:
-    """Rank 0's text, on every rank; the others give None."""
-    assert (text is not None) == (job.world.rank == 0), "only rank 0 gives the text"
-    return job.board.gather(point, text or "")[0]
+    """On every rank the text of the one that writes its run's files, in most launches rank 0; the others give None."""
+    assert (text is not None) == job.writes, "only the rank that writes gives the text"
+    return job.board.gather(point, text or "")[job.run_ranks[0]]
 
 
 def check_shared_directory(job: Job, run_dir: Path) -> None:
-    """Make the run directory on rank 0 and see that it is one and the same for every rank.
+    """Make the run directory on the first rank of the run and see that it is one and the same for all its ranks.
 
-    Rank 0 writes a token that the others must find; it is removed again, and so is a directory that was made for it if
-    the check fails.
+    The first writes a token that the others must find; it is removed again, and so is a directory that was made for it
+    if the check fails.
 
     Raises:
-        JobEnded: some rank sees another directory, or rank 0 cannot write there.
+        JobEnded: some rank sees another directory, or the first cannot write there.
     """
-    rank = job.world.rank
-    made = rank == 0 and not run_dir.exists()
+    rank, first = job.world.rank, job.run_ranks[0]
+    made = job.writes and not run_dir.exists()
     token, error = "", None
-    if rank == 0:
+    if job.writes:
         token = f".shared-{secrets.token_hex(8)}"
         error = _write_token(run_dir, token)
-    token = broadcast_text(job, "token of the run directory", token if rank == 0 else None)
+    token = broadcast_text(job, "token of the run directory", token if job.writes else None)
     agree(job, "run directory writable", error)
     if not _appears(run_dir / token):
         error = UserError(
-            f"run directory is not shared: rank {rank} does not see what rank 0 wrote",
+            f"run directory is not shared: rank {rank} does not see what rank {first} wrote",
             got=run_dir.absolute(),
             expected="a directory that every node mounts at the same path",
             do="give --run-dir on a shared file system",
@@ -95,7 +110,7 @@ def check_shared_directory(job: Job, run_dir: Path) -> None:
         agree(job, "run directory shared", error)
         shared = True
     finally:
-        if rank == 0:
+        if job.writes:
             (run_dir / token).unlink()
             if made and not shared:
                 run_dir.rmdir()

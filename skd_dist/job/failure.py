@@ -13,7 +13,6 @@ because a launcher that sees the first exit sends the rest SIGTERM, and their ex
 hosts the store, also watches for ranks that give no sign of life at all (a lost node closes no connection).
 """
 
-import contextlib
 import os
 import sys
 import threading
@@ -87,8 +86,10 @@ class FailureWatch:
 
     def post_failure(self, line: str, exit_code: int = EXIT_USER_ERROR) -> NoReturn:
         """End the whole job: the line is printed once, every rank ends with the exit code of the first that posted."""
-        with contextlib.suppress(dist.DistError):  # no store, no others to tell: end alone
+        try:
             exit_code = self._post(line, exit_code)
+        except dist.DistError:  # nobody can be told; and whatever failed here, it is because rank 0 is gone
+            self._end_without_store()
         self._end(line, exit_code)
 
     def stop(self) -> None:

@@ -22,7 +22,7 @@ class Job:
     """Hosted by global rank 0 (or the launcher); without a prefix."""
     board: Blackboard
     role_board: Blackboard
-    """Of the ranks of this role alone."""
+    """Of the ranks of this role, and of this peer, alone."""
     link_group: "dist.ProcessGroupGloo | None"
     """gloo group over all global ranks, for the link; None where the job has no teacher rank."""
     address: str
@@ -37,6 +37,25 @@ class Job:
     """What `leave_job` puts back; None for variables that were not set."""
 
     @property
+    def peer(self) -> int:
+        """Which peer this rank trains, from 1."""
+        return self.roles.peer_of(self.world.rank)
+
+    @property
+    def run_ranks(self) -> tuple[int, ...]:
+        """Global ranks that have a run directory in common with this one."""
+        return self.roles.run_ranks(self.world.rank)
+
+    @property
+    def writes(self) -> bool:
+        """Whether this rank writes the files of its run."""
+        return self.world.rank == self.run_ranks[0]
+
+    def named(self, line: str) -> str:
+        """An error line that says which peer it is of, where there are several."""
+        return line if self.roles.num_peers == 1 else f"peer {self.peer}: {line}"
+
+    @property
     def role(self) -> Role:
         return self.roles.role_of(self.world.rank)
 
@@ -48,5 +67,4 @@ class Job:
     @property
     def role_size(self) -> int:
         """Size of the world of the role: what WORLD_SIZE says after joining."""
-        num_teachers = len(self.roles.teacher_ranks)
-        return num_teachers if self.role == "teacher" else self.world.world_size - num_teachers
+        return len(self.roles.world_of(self.world.rank))

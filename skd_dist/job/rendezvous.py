@@ -1,6 +1,7 @@
 """Joining a job: two worlds in one launch.
 
     launcher's ranks -> store (rank 0) -> census -> default process group of the *role* -> link group over all ranks
+                                                    (of each peer, where peers have ranks of their own)
 
 After `join_job` torch, and DeepSpeed on top of it, see a world of students only (or of teachers only): RANK and
 WORLD_SIZE in the environment are the role's. LOCAL_RANK stays the physical device index, from which DeepSpeed takes its
@@ -100,8 +101,8 @@ def _join(
     store = _open_store(world, timeout)
     board = Blackboard(store, rank=world.rank, world_size=world.world_size, timeout=timeout)
     devices = _agree_on_layout(board, world, device)
-    role, role_rank = roles.role_of(world.rank), roles.role_rank(world.rank)
-    role_size = len(roles.teacher_ranks if role == "teacher" else roles.student_ranks)
+    world_name, own_world = roles.world_name(world.rank), roles.world_of(world.rank)
+    role_rank, role_size = roles.role_rank(world.rank), len(own_world)
     os.environ.update(
         RANK=str(role_rank),
         WORLD_SIZE=str(role_size),
@@ -113,7 +114,7 @@ def _join(
         # No device_id: an eagerly connected default group hung jobs with groups of their own.
         dist.init_process_group(
             backend="gloo" if device_kind == "cpu" else "cpu:gloo,cuda:nccl",
-            store=dist.PrefixStore(f"{role}s", store),
+            store=dist.PrefixStore(world_name, store),
             rank=role_rank,
             world_size=role_size,
             timeout=collective_timeout,
@@ -121,7 +122,7 @@ def _join(
         link_group = _open_link_group(world, store, timeout) if roles.teacher_ranks else None
     except RuntimeError as error:
         raise UserError(
-            f"rank {world.rank} cannot connect to the other {role}s",
+            f"rank {world.rank} cannot connect to the other ranks of {world_name}",
             got=str(error).partition("\n")[0],
             do=f"check the network of interface {interface}, or give --network-interface",
         ) from error
@@ -131,7 +132,12 @@ def _join(
         store=store,
         board=board,
         role_board=Blackboard(
-            dist.PrefixStore(f"{role}-board", store), rank=role_rank, world_size=role_size, timeout=timeout
+            store,
+            rank=role_rank,
+            world_size=role_size,
+            timeout=timeout,
+            name=f"{world_name}-board",
+            global_ranks=own_world,
         ),
         link_group=link_group,
         address=address_of(interface),

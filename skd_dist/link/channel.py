@@ -1,6 +1,6 @@
-"""The sockets of the control channel: one connection per student-teacher pair, opened by the student.
+"""The sockets between two ranks: one connection per pair, between student and teacher opened by the student.
 
-The teacher listens on the job's interface at a free port and puts address and a random token into the job's store; a
+The other listens on the job's interface at a free port and puts address and a random token into the job's store; a
 connection that does not open with the token is closed and forgotten, so that a port scan cannot disturb a run. The
 token is checked here instead of with the challenge of `multiprocessing.connection`, which needs MD5 (refused on hosts
 in FIPS mode) and waits for a silent stranger without limit.
@@ -25,30 +25,31 @@ _GREETING_S = 5.0
 """A peer sends its greeting in one piece right after connecting."""
 
 
-def accept_students(
-    store: dist.Store, *, key: str, address: str, students: Collection[int], timeout: timedelta
+def accept_ranks(
+    store: dist.Store, *, key: str, address: str, ranks: Collection[int], who: str, timeout: timedelta
 ) -> dict[int, Connection]:
-    """Open this teacher's end: one connection per student, by global rank.
+    """Open the end of the one that listens: one connection for each rank, by global rank.
 
     Args:
         store: the job's.
-        key: where teacher and students meet in the store; used once.
+        key: where they meet in the store; used once.
         address: IPv4 of this process.
-        students: global ranks that will connect.
+        ranks: global ranks that will connect.
+        who: what they are, for messages: `student`.
         timeout: until the last of them has.
 
     Raises:
-        UserError: a student did not connect in time.
+        UserError: a rank did not connect in time.
     """
     connections: dict[int, Connection] = {}
     token = secrets.token_bytes(_TOKEN_BYTES)
     deadline = monotonic() + timeout.total_seconds()
-    with socket.create_server((address, 0), backlog=len(students) + 8) as server:
+    with socket.create_server((address, 0), backlog=len(ranks) + 8) as server:
         store.set(key, f"{address} {server.getsockname()[1]} {token.hex()}")
-        while missing := sorted(set(students) - connections.keys()):
+        while missing := sorted(set(ranks) - connections.keys()):
             if not wait([server], max(0.0, deadline - monotonic())):
                 raise UserError(
-                    f"student rank {missing[0]} did not open its link",
+                    f"{who} rank {missing[0]} did not open its link",
                     got=f"no connection to {address} within {timeout.total_seconds():g} s",
                     do="see the output of that rank; check firewalls and --network-interface",
                 )
@@ -61,15 +62,20 @@ def accept_students(
     return connections
 
 
-def connect_to_teacher(store: dist.Store, *, key: str, teacher: int, rank: int, timeout: timedelta) -> Connection:
-    """Open a student's end.
+def connect_to_rank(store: dist.Store, *, key: str, there: int, who: str, rank: int, timeout: timedelta) -> Connection:
+    """Open the end of one that connects.
+
+    Args:
+        store, key, who: as for `accept_ranks`.
+        there: global rank that listens.
+        rank: of this process.
 
     Raises:
-        UserError: the teacher does not listen, or cannot be reached, within the timeout.
+        UserError: the other does not listen, or cannot be reached, within the timeout.
     """
     if not wait_for_keys(store, [key], timeout=timeout):
         raise UserError(
-            f"teacher rank {teacher} did not open its link",
+            f"{who} rank {there} did not open its link",
             got=f"no address within {timeout.total_seconds():g} s",
             do="see the output of that rank",
         )
@@ -79,7 +85,7 @@ def connect_to_teacher(store: dist.Store, *, key: str, teacher: int, rank: int, 
         peer.sendall(bytes.fromhex(token) + rank.to_bytes(_RANK_BYTES))
     except OSError as error:
         raise UserError(
-            f"teacher rank {teacher} cannot be reached",
+            f"{who} rank {there} cannot be reached",
             got=f"{address}:{port} ({error})",
             do="check firewalls and --network-interface",
         ) from error
@@ -87,7 +93,7 @@ def connect_to_teacher(store: dist.Store, *, key: str, teacher: int, rank: int, 
 
 
 def _read_greeting(peer: socket.socket, token: bytes) -> int | None:
-    """Rank of the student at the other end; None for a stranger."""
+    """Rank at the other end; None for a stranger."""
     peer.settimeout(_GREETING_S)
     greeting = b""
     try:

@@ -22,7 +22,7 @@ from skd_dist.errors import NoTeacherError, UserError
 from skd_dist.job.heartbeat import PERIOD_S, PeerAges
 from skd_dist.job.membership import Job
 from skd_dist.link.answerer import Answerer, Question
-from skd_dist.link.channel import connect_to_teacher
+from skd_dist.link.channel import connect_to_rank
 from skd_dist.link.peer import check_alive
 from skd_dist.link.transport import MakeTransport, Transfer, choose_transport
 from skd_dist.link.wire import Answer, Bye, Down, Failure, Go, Message, Up, receive
@@ -65,7 +65,9 @@ class RemoteLink:
         self._teachers: list[Answerer] = []
         for rank in job.roles.teachers_of(job.world.rank):
             key = f"link/{run_key}/{rank}"
-            connection = connect_to_teacher(job.store, key=key, teacher=rank, rank=job.world.rank, timeout=timeout)
+            connection = connect_to_rank(
+                job.store, key=key, there=rank, who="teacher", rank=job.world.rank, timeout=timeout
+            )
             transport = make_transport(job, rank, run_key)
             self._teachers.append(Answerer(rank=rank, connection=connection, transport=transport, timeout=timeout))
         assert self._teachers, "a remote link needs teacher ranks"

@@ -25,7 +25,7 @@ from skd_dist.errors import UserError
 from skd_dist.job.heartbeat import PERIOD_S, PeerAges
 from skd_dist.job.membership import Job
 from skd_dist.link.asker import Asker
-from skd_dist.link.channel import accept_students
+from skd_dist.link.channel import accept_ranks
 from skd_dist.link.inline import AnswerRequest, AttackRequest, no_attack
 from skd_dist.link.layout import describe
 from skd_dist.link.peer import check_alive
@@ -96,8 +96,8 @@ def serve(
     """
     rank = job.world.rank
     students = [student for student in job.roles.student_ranks if rank in job.roles.teachers_of(student)]
-    connections = accept_students(
-        job.store, key=f"link/{run_key}/{rank}", address=job.address, students=students, timeout=timeout
+    connections = accept_ranks(
+        job.store, key=f"link/{run_key}/{rank}", address=job.address, ranks=students, who="student", timeout=timeout
     )
     askers = [
         Asker(rank=student, connection=connection, transport=make_transport(job, student, run_key), timeout=timeout)

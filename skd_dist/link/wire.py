@@ -1,4 +1,4 @@
-"""The messages between student and teacher, as small JSON texts: nothing on this channel is ever unpickled.
+"""The messages between two ranks, as small JSON texts: nothing on this channel is ever unpickled.
 
     student                                     teacher
       Request (payload posted, if eager)  -->
@@ -15,6 +15,9 @@
 Payloads go over `transport.py`; those of one message are posted together, in the order in which it names them.
 `received` in the student's messages names the answers whose payload has arrived since its last message: their buffers
 may go.
+
+Between ranks that train different peers there are two more (`cohort.py`): Logits, with the payload behind it on the
+same connection, and Wishes.
 """
 
 import dataclasses
@@ -107,7 +110,23 @@ class Bye:
     received: tuple[int, ...]
 
 
-Message = Request | Go | Sent | Answer | Failure | Down | Noted | Up | Bye
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Logits:
+    number: int
+    """Of this exchange, among all between the two."""
+    batch: str
+    """Names the micro-batch that they are for."""
+    logits: TensorSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wishes:
+    number: int
+    wishes: tuple[int, ...]
+    """0 or 1 each; what they mean, both ends know."""
+
+
+Message = Request | Go | Sent | Answer | Failure | Down | Noted | Up | Bye | Logits | Wishes
 
 _KINDS: Mapping[str, type[Message]] = {kind.__name__: kind for kind in get_args(Message)}
 

@@ -7,6 +7,7 @@ outside the package: docs/own_method.md.
 from collections.abc import Mapping
 
 from skd_dist.contracts import Method
+from skd_dist.errors import UserError
 from skd_dist.methods.at import AttentionTransfer
 from skd_dist.methods.bss import Bss
 from skd_dist.methods.dml import Dml
@@ -25,7 +26,7 @@ from skd_dist.methods.skd import Skd
 from skd_dist.methods.sp import SimilarityPreserving
 from skd_dist.methods.sskd import Sskd
 
-__all__ = ["METHODS", "find_method", "method_identity"]
+__all__ = ["METHODS", "find_cohort", "find_method", "method_identity"]
 
 _ALL: tuple[Method, ...] = (
     Skd(),
@@ -59,3 +60,17 @@ def find_method(name: str, options: str = "") -> Method:
         UserError: there is none; the valid names are listed.
     """
     return look_up(name, options, METHODS)
+
+
+def find_cohort(name: str, options: str = "") -> Dml:
+    """The method, if its networks are separate: only such peers can have ranks of their own.
+
+    Raises:
+        UserError: it is another.
+    """
+    method = find_method(name, options)
+    if not isinstance(method, Dml):
+        raise UserError(
+            "--cohort-placement ranks needs a cohort of separate networks", got=f"--method {name}", expected="dml"
+        )
+    return method

@@ -39,6 +39,21 @@ def timm_refusals(what: str, *, do: str) -> Iterator[None]:
         raise UserError(what, got=reason, do=do) from error
 
 
+def check_name(name: str) -> None:
+    """Refuse what timm does not know.
+
+    Raises:
+        UserError: near names are listed.
+    """
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=5)
+        raise UserError(
+            "unknown model",
+            got=name,
+            expected=f"a name that timm knows{', perhaps ' + ', '.join(near) if near else ''}",
+        )
+
+
 def build(name: str, *, num_classes: int, image_size: int, pretrained: bool = False) -> nn.Module:
     """Ask timm for a network in eval mode.
 
@@ -54,13 +69,7 @@ def build(name: str, *, num_classes: int, image_size: int, pretrained: bool = Fa
     Raises:
         UserError: no such model or tag, or the network cannot be built for this size.
     """
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=5)
-        raise UserError(
-            "unknown model",
-            got=name,
-            expected=f"a name that timm knows{', perhaps ' + ', '.join(near) if near else ''}",
-        )
+    check_name(name)
     if num_classes < 1 or image_size < 1:
         raise UserError(
             f"model {name} cannot be built", got=f"{num_classes} classes, {image_size} pixels", expected="1 or more"

@@ -62,7 +62,7 @@ class FeedPoints:
 
     def _make_hook(self, name: str, feature: FeatureShape) -> Any:
         def hook(_: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
-            if self._pass is None:
+            if self._pass is None or not isinstance(output, Tensor):  # of several tensors none is the feature
                 return None
             last = _is_channels_last(output, feature)
             self._pass.made[name] = output.permute(0, 3, 1, 2) if last else output

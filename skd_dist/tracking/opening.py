@@ -13,7 +13,7 @@ from skd_dist.tracking.journal import FILE, Journal
 from skd_dist.tracking.journal_tracker import JournalTracker
 from skd_dist.tracking.mlflow_settings import known_warnings_ignored, settle_mlflow
 from skd_dist.tracking.protocol import RunTracker
-from skd_dist.tracking.reachable import StoreUnreachableError, prepare_store
+from skd_dist.tracking.reachable import StoreUnreachableError, opening_alone, prepare_store
 from skd_dist.tracking.replica import JournalReplica, Writer
 from skd_dist.tracking.store import TrackingStore
 
@@ -98,9 +98,10 @@ def open_writer(
     while candidate is not None:
         try:
             prepare_store(candidate)
-            writer = MlflowWriter(
-                candidate, experiment=experiment, run_name=run_name, run_key=run_key, watch_system=watch_system
-            )
+            with opening_alone(candidate):
+                writer = MlflowWriter(
+                    candidate, experiment=experiment, run_name=run_name, run_key=run_key, watch_system=watch_system
+                )
         # ImportError: the driver of a database is not installed.
         except (StoreUnreachableError, UserError, ImportError, *STORE_ERRORS) as error:
             notify(_outage(candidate, reason_of(error, candidate)))

@@ -4,9 +4,12 @@ MLflow retries a database that does not answer for about 100 seconds with growin
 Servers over HTTP need no such question: their time limits are ours to set (`mlflow_settings`).
 """
 
+import contextlib
+import fcntl
 import os
 import socket
 import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -37,6 +40,21 @@ def prepare_store(store: TrackingStore) -> None:
             socket.create_connection((host, port), timeout=_CONNECT_TIMEOUT_S).close()
     except (OSError, sqlite3.Error) as error:
         raise StoreUnreachableError(str(error)) from error
+
+
+@contextlib.contextmanager
+def opening_alone(store: TrackingStore) -> Iterator[None]:
+    """Let the processes of this node that open a SQLite store do so one after another.
+
+    Two that make its tables at once get in each other's way ("duplicate column name"), whatever MLflow's own lock does.
+    """
+    if store.sqlite_path is None:
+        yield
+        return
+    # Beside the database: to open and close the database itself would drop SQLite's locks of this process.
+    with store.sqlite_path.with_name(f".{store.sqlite_path.name}.opening").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _prepare_sqlite(path: Path) -> None:

@@ -26,6 +26,17 @@ def stop_when_saved(run: Path, stage: str) -> Callable[[Launcher], None]:
     return stop
 
 
+def kill_rank(run: Path, rank: int) -> Callable[[Launcher], None]:
+    """SIGKILL to a rank once the run has reported from a stage."""
+
+    def kill(launcher: Launcher) -> None:
+        _wait_for(launcher, lambda: any(e.kind == "metrics" and e.data["stage"] for e in events_of(run)))
+        (victim,) = [process for process in _children(launcher) if process.environ().get("RANK") == str(rank)]
+        victim.kill()
+
+    return kill
+
+
 def kill_workers(run: Path, *, checkpoint: Path, times: int) -> Callable[[Launcher], None]:
     """Kill the process that holds the teacher's model whenever training goes on; the last time, it cannot come back."""
 

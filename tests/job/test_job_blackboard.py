@@ -38,6 +38,15 @@ def test_missing_ranks_are_named(store):
         board(store, 1, timeout_s=0.01).gather("start", "here")
 
 
+def test_a_board_of_some_ranks_names_them_by_their_global_ranks(store):
+    board(store, 0, world_size=1).gather("elsewhere", "")  # on a board of another name, with the same number
+    some = Blackboard(
+        store, rank=1, world_size=2, timeout=timedelta(seconds=0.01), name="peer2-board", global_ranks=(4, 5)
+    )
+    with pytest.raises(UserError, match=r"rank 4 did not come to 'start'; got no word within 0.01 s; expected all 2"):
+        some.gather("start", "here")
+
+
 def test_slow_rank_that_lives_is_waited_for(store, monkeypatch):
     looks = []
 

@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -10,21 +11,51 @@ import torch.distributed as dist
 from skd_dist.errors import UserError
 from skd_dist.job.blackboard import Blackboard
 from skd_dist.job.consensus import JobEnded, agree, broadcast_text, check_shared_directory, gather_text
+from skd_dist.job.membership import Job
+from skd_dist.roles import RoleMap
 
 
-def run_ranks(function, world_size):
+def run_ranks(function, world_size, *, num_peers=1):
     """What the function returned on every rank, or the JobEnded it raised."""
     store = dist.HashStore()
+    roles = RoleMap(world_size=world_size, teacher_ranks=(), num_peers=num_peers)
 
     def work(rank):
         board = Blackboard(store, rank=rank, world_size=world_size, timeout=timedelta(seconds=30))
         try:
-            return function(SimpleNamespace(board=board, world=SimpleNamespace(rank=rank)))
+            return function(stub_job(board, rank, roles))
         except JobEnded as ended:
             return ended
 
     with ThreadPoolExecutor(world_size) as pool:
         return list(pool.map(work, range(world_size)))
+
+
+def stub_job(board, rank, roles):
+    """As much of a job as agreeing looks at."""
+    job = SimpleNamespace(board=board, world=SimpleNamespace(rank=rank), roles=roles)
+    job.peer, job.run_ranks = roles.peer_of(rank), roles.run_ranks(rank)
+    job.writes = rank == job.run_ranks[0]
+    job.named = partial(Job.named, job)
+    return job
+
+
+def test_an_error_of_one_peer_ends_all_and_says_whose_it_is(capsys):
+    def work(job):
+        agree(job, "start", UserError("disk full") if job.world.rank in (2, 3) else None)
+
+    ended = run_ranks(work, 4, num_peers=2)
+    assert [str(one) for one in ended] == ["peer 2: disk full"] * 4
+    assert capsys.readouterr().err == "skd_dist: peer 2: disk full\n"
+
+
+def test_every_peer_has_a_word_and_a_directory_of_its_own(tmp_path):
+    def work(job):
+        check_shared_directory(job, tmp_path / f"peer{job.peer}")
+        return broadcast_text(job, "word", f"from {job.world.rank}" if job.writes else None)
+
+    assert run_ranks(work, 4, num_peers=2) == ["from 0", "from 0", "from 2", "from 2"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["peer1", "peer2"]
 
 
 def test_agreeing_goes_on_and_texts_are_shared(capsys):
@@ -74,5 +105,5 @@ def test_directories_that_are_not_one(tmp_path, monkeypatch, capsys):
 
 
 def test_a_rank_other_than_0_has_no_word_to_spread():
-    with pytest.raises(AssertionError, match="only rank 0 gives the text"):
-        broadcast_text(SimpleNamespace(world=SimpleNamespace(rank=1)), "word", "mine")
+    with pytest.raises(AssertionError, match="only the rank that writes gives the text"):
+        broadcast_text(stub_job(None, 1, RoleMap(world_size=2, teacher_ranks=())), "word", "mine")

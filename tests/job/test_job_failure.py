@@ -16,6 +16,7 @@ from forked_ranks import launch_worlds
 
 from skd_dist.errors import UserError
 from skd_dist.job import consensus, failure, heartbeat
+from skd_dist.job.blackboard import wait_for_keys
 from skd_dist.job.launcher_env import read_world
 from skd_dist.job.rendezvous import join_job
 from skd_dist.roles import RoleMap
@@ -28,7 +29,7 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def worlds(directory):
-    return launch_worlds(__file__, {"agree_then_fail": 3, "lose_rank_0": 3}, directory)
+    return launch_worlds(__file__, {"agree_then_fail": 3, "lose_rank_0": 3, "fail_without_rank_0": 2}, directory)
 
 
 def test_two_roles_agree_and_end_together(worlds, directory):
@@ -67,9 +68,18 @@ def test_losing_a_silent_rank_or_rank_0_ends_the_others(worlds):
     ]
 
 
-def join():
+def test_what_fails_because_rank_0_is_gone_says_so(worlds, directory):
+    results = worlds["fail_without_rank_0"]
+    assert [result.code for result in results] == [-signal.SIGKILL, 2], results
+    line = "rank 0, which hosts the job's store, is gone; see its own output"
+    printed = [[line for line in result.stderr.splitlines() if line.startswith("skd_dist")] for result in results]
+    assert printed == [[], [f"skd_dist: {line}"]]
+    assert (directory / "fail_without_rank_0" / "closed").read_text() == line
+
+
+def join(teacher_ranks=(2,)):
     world = read_world(os.environ)
-    roles = RoleMap(world_size=3, teacher_ranks=(2,))
+    roles = RoleMap(world_size=world.world_size, teacher_ranks=teacher_ranks)
     return join_job(world, roles, network_interface=None, device_kind="cpu", timeout=timedelta(seconds=60))
 
 
@@ -132,6 +142,21 @@ def lose_rank_0(directory):
     watch = failure.FailureWatch(job, on_failure=lambda line, exit_code: kill() if rank == 0 else None)
     watch._timeout_s = 5.0
     time.sleep(60)
+
+
+def fail_without_rank_0(directory):
+    """Rank 0 is killed; rank 1 learns of it from a connection of its own, before its watch looks at the store."""
+    job = join(teacher_ranks=())
+    pid_0 = int(consensus.gather_text(job, "joined", str(os.getpid()))[0])
+    if job.world.rank == 0:
+        assert wait_for_keys(job.store, ["read"], timeout=timedelta(seconds=60))
+        os.kill(os.getpid(), signal.SIGKILL)
+    failure.beat = lambda store, rank: time.sleep(60)
+    watch = failure.FailureWatch(job, on_failure=lambda line, exit_code: (directory / "closed").write_text(line))
+    job.store.set("read", "")
+    while psutil.pid_exists(pid_0):
+        time.sleep(0.01)
+    watch.post_failure("my partner has closed its connection")
 
 
 def beat_when_gone(pid, store, rank):

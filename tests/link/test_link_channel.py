@@ -22,11 +22,11 @@ def store():
 
 
 def accept(store, students, timeout=SECONDS):
-    return channel.accept_students(store, key="k", address="127.0.0.1", students=students, timeout=timeout)
+    return channel.accept_ranks(store, key="k", address="127.0.0.1", ranks=students, who="student", timeout=timeout)
 
 
 def connect(store, rank):
-    return channel.connect_to_teacher(store, key="k", teacher=9, rank=rank, timeout=SECONDS)
+    return channel.connect_to_rank(store, key="k", there=9, who="teacher", rank=rank, timeout=SECONDS)
 
 
 def test_students_are_told_apart_and_strangers_left_out(store, monkeypatch):
@@ -57,7 +57,7 @@ def test_missing_student_is_named(store):
 
 def test_missing_teacher_is_named(store):
     with pytest.raises(UserError, match=r"teacher rank 9 did not open its link; got no address within 0 s"):
-        channel.connect_to_teacher(store, key="k", teacher=9, rank=0, timeout=NOTHING)
+        channel.connect_to_rank(store, key="k", there=9, who="teacher", rank=0, timeout=NOTHING)
     with socket.create_server(("127.0.0.1", 0)) as server:
         store.set("k", f"127.0.0.1 {server.getsockname()[1]} 00")
     with pytest.raises(UserError, match=r"teacher rank 9 cannot be reached; got 127.0.0.1:.*refused"):
