@@ -24,7 +24,6 @@ from skd_dist.methods import find_method
 from skd_dist.prepare import Prepared, teacher_not_used
 from skd_dist.run_record import write_summary
 from skd_dist.run_setup import (
-    device_of,
     engine_spec_of,
     keep_micro_batch_size,
     lock_directory,
@@ -195,7 +194,7 @@ def _train(
     ]
     found = take_turns(
         [run_student(side) for side in sides],
-        device=device_of(job),
+        device=job.device,
         after_round=ask.forget if isinstance(ask, SharedAsk) else lambda: None,
     )
     guards.pulse.rest()
@@ -235,7 +234,7 @@ def _student_side(
     return StudentSide(
         prepared=run.prepared,
         student_rank=job.role_rank,
-        device=device_of(job),
+        device=job.device,
         engine_spec=engine_spec_of(run.config),
         ask=ask,
         tracker=run.tracker,

@@ -204,10 +204,6 @@ def _next_root(prepared: Prepared, num_done: int) -> Path:
     return prepared.config.run_dir / "resume" / prepared.plan.stages[num_done].directory_name
 
 
-def device_of(job: Job) -> torch.device:
-    return torch.device("cuda", job.world.local_rank) if device_kind() == "cuda" else torch.device("cpu")
-
-
 def engine_spec_of(config: RunConfig) -> EngineSpec:
     kind = config.engine
     if kind == "deepspeed" and config.deepspeed_config == "none":

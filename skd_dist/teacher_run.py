@@ -23,7 +23,6 @@ from skd_dist.link.teacher_side import Event, cannot_be_lost, serve
 from skd_dist.models.exits import is_exit
 from skd_dist.prepare import Prepared
 from skd_dist.roles import Role
-from skd_dist.run_setup import device_of
 from skd_dist.teacher import Teacher
 from skd_dist.teacher_load import Load, build_teacher
 from skd_dist.teacher_members import members_of
@@ -67,7 +66,7 @@ def load_teacher(
     ):
         with agreed(job, f"{key}/teacher-{turn}"):
             if mine:
-                teacher = _build_teacher(asking, device_of(job), worker)
+                teacher = _build_teacher(asking, job.device, worker)
     digests = gather_text(job, f"{key}/teacher-digest", teacher.weights_digest if teacher else "")
     dtypes = gather_text(job, f"{key}/teacher-dtype", teacher.dtype_name if teacher else "")
     with agreed(job, f"{key}/teacher-same"):
