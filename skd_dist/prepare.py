@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from skd_dist.config import BatchShape, RunConfig, batch_shape, check_config
+from skd_dist.config import RunConfig
+from skd_dist.config_checks import BatchShape, batch_shape, check_config
 from skd_dist.contracts import Method, PlanContext
 from skd_dist.data.digits import write_digits_shards
 from skd_dist.data.index import ShardIndex, load_index

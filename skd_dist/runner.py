@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from skd_dist.checkpointer import Preempted
-from skd_dist.config import RunConfig, batch_shape, check_config, num_peer_groups
+from skd_dist.config import RunConfig
+from skd_dist.config_checks import batch_shape, check_config, num_peer_groups
 from skd_dist.display import RunDisplay, summary_table
 from skd_dist.emergency import Emergency, Guards
 from skd_dist.errors import EXIT_USER_ERROR, UserError

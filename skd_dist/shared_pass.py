@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from skd_dist.checkpointer import Preempted
-from skd_dist.config import BatchShape
+from skd_dist.config_checks import BatchShape
 from skd_dist.contracts import Batch, Outputs, TeacherLink
 from skd_dist.data.loader import Batches
 from skd_dist.link.ask_ahead import AskAhead

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from skd_dist.cohort import peer_config, take_part
-from skd_dist.config import RunConfig, batch_shape
+from skd_dist.config import RunConfig
+from skd_dist.config_checks import batch_shape
 from skd_dist.errors import UserError
 from skd_dist.methods import find_cohort, find_method
 from skd_dist.models.create import create_model

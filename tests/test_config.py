@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skd_dist.config import RunConfig, batch_shape, check_config, parse_flags
+from skd_dist.config import RunConfig, parse_flags
+from skd_dist.config_checks import batch_shape, check_config
 from skd_dist.errors import UserError
 
 CONFIG = RunConfig(train_shards="t", val_shards="v", student="resnet18", num_classes=10, run_dir=Path("runs/x"))

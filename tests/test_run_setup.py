@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from skd_dist.config import RunConfig, batch_shape
+from skd_dist.config import RunConfig
+from skd_dist.config_checks import batch_shape
 from skd_dist.data.bad_samples import BadSample
 from skd_dist.errors import UserError
 from skd_dist.job.blackboard import Blackboard

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from skd_dist import shared_pass
 from skd_dist.checkpointer import Preempted
-from skd_dist.config import BatchShape
+from skd_dist.config_checks import BatchShape
 from skd_dist.contracts import Batch
 from skd_dist.models.cut import cut_model
 from skd_dist.plan import LOGITS, OptimizerSpec, StagePlan, StageSpec, Tap

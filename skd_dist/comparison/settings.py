@@ -7,7 +7,16 @@ from skd_dist.errors import UserError
 
 MAY_DIFFER = frozenset(
     # where and how a run is computed, or where its files lie; data and weights are held against each other by digests
-    ("teacher_ranks", "teacher_placement", "deepspeed_config", "micro_batch_size", "num_workers", "run_dir", "name")
+    (
+        "teacher_ranks",
+        "teacher_placement",
+        "cohort_placement",
+        "deepspeed_config",
+        "micro_batch_size",
+        "num_workers",
+        "run_dir",
+        "name",
+    )
     + ("tracking_uri", "experiment", "resume", "resume_or_start", "prefetch", "network_interface", "toy", "dry_run")
     + ("cohort_placement",)
     + ("checkpoint_every", "grace", "stall_timeout", "teacher_timeout", "share_teacher_pass", "index_dir")
