@@ -11,24 +11,19 @@ from contextlib import closing
 from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from skd_dist import __version__
 from skd_dist.checkpoint import Companion, write_stage_result
-from skd_dist.data.images import ImageTransform
-from skd_dist.data.index import ShardIndex
-from skd_dist.data.loader import Batches, ShardDataset, eval_batches, train_batches
-from skd_dist.data.range_cache import open_cache
 from skd_dist.engines import make_engine
 from skd_dist.evaluate import AfterBatch, evaluate_stage
 from skd_dist.models.create import weights_digest
 from skd_dist.plan import StageSpec
 from skd_dist.progress import StageProgress
 from skd_dist.resume_point import remove_all
-from skd_dist.shared_pass import BatchKey, KeyedBatches, Turns
+from skd_dist.shared_pass import Turns
+from skd_dist.stage_batches import training_batches, validation_batches
 from skd_dist.stage_loop import run_stage
 from skd_dist.stage_resume import begin, make_checkpointer, start_state
 from skd_dist.stage_side import State, StudentSide
@@ -76,7 +71,7 @@ def train_stage(side: StudentSide, stage: StageSpec, state: State) -> Turns[Stag
         if stop < progress.step:
             continue
         for until in _turn_ends(side, stage, start=progress.step, stop=stop):
-            with closing(_train_batches(side, stage, range(progress.step, until))) as batches:
+            with closing(training_batches(side, stage, range(progress.step, until))) as batches:
                 run_stage(
                     stage,
                     engine=engine,
@@ -134,7 +129,7 @@ def validate(side: StudentSide, stage: StageSpec, module_state: State, *, after_
     """The stage's objective on the validation split, with a plain copy of the module."""
     copy = stage_module(side, stage, student_part(module_state))
     copy.load_state_dict(module_state, strict=True)
-    with closing(_validation_batches(side, stage)) as batches:
+    with closing(validation_batches(side, stage)) as batches:
         values = evaluate_stage(
             copy.to(side.device),
             stage=stage,
@@ -162,50 +157,6 @@ def check_frozen(
             raise RuntimeError(f"stage {stage.name}: frozen tensors moved: {', '.join(moved)}")
 
 
-def split_batches(side: StudentSide, split: str, *, limit: int | None = None) -> Batches:
-    """Evaluation batches of this student over `val` or `test`, or over `limit` samples spread evenly over it."""
-    config, shape, splits = side.prepared.config, side.prepared.shape, side.prepared.splits
-    index = splits.val if split == "val" else splits.test
-    assert index is not None
-    ids = splits.eval_ids(split)
-    if limit is not None:
-        ids = ids[torch.linspace(0, len(ids) - 1, min(limit, len(ids))).long().numpy()]
-    transform = ImageTransform(image_size=config.image_size, augment=config.augment, train=False)
-    batches = eval_batches(
-        _dataset(side, split, index, ids, transform),
-        batch_size=shape.micro_batch_size,
-        student_rank=side.student_rank,
-        num_students=shape.num_students,
-        num_workers=config.num_workers,
-        pin_memory=side.device.type == "cuda",
-    )
-    return side.quarantine.watch(batches, split=split)
-
-
-def _dataset(
-    side: StudentSide, split: str, index: ShardIndex, ids: NDArray[np.int64], transform: ImageTransform
-) -> ShardDataset:
-    config = side.prepared.config
-    return ShardDataset(
-        index,
-        ids,
-        transform,
-        on_bad=config.on_bad_sample,
-        excluded=side.quarantine.excluded(split),
-        cache=open_cache(config.cache_dir, config.cache_gib),
-    )
-
-
-def _validation_batches(side: StudentSide, stage: StageSpec) -> Batches | KeyedBatches:
-    """Kept for the runs that share a pass, unless that would be too much."""
-    shape, num_samples = side.prepared.shape, len(side.prepared.splits.eval_ids("val"))
-    count = -(-num_samples // (shape.micro_batch_size * shape.num_students))
-    if side.shares is None or not side.shares.keeps(stage, count * shape.micro_batch_size):
-        return split_batches(side, "val")
-    key = BatchKey("val", stage.index, stage.num_steps, 0, num_samples)
-    return KeyedBatches(key, count, lambda: split_batches(side, "val"))
-
-
 def _turn_ends(side: StudentSide, stage: StageSpec, *, start: int, stop: int) -> list[int]:
     """Where training from `start` to `stop` pauses for the runs that share a pass; the last is `stop`."""
     length = stop if side.shares is None else side.shares.turn_steps(stage)
@@ -217,35 +168,6 @@ def _stops(stage: StageSpec, *, best: bool) -> list[int]:
     """Where training pauses to look at the validation images; the last is the stage's end."""
     length = max(1, -(-stage.num_steps // EVALUATIONS_PER_STAGE)) if best else stage.num_steps
     return [*range(length, stage.num_steps, length), stage.num_steps]
-
-
-def _train_batches(side: StudentSide, stage: StageSpec, steps: range) -> Batches | KeyedBatches:
-    if side.shares is None:
-        return _open_train_batches(side, stage, steps)
-    key = BatchKey("train", stage.index, stage.num_steps, steps.start, steps.stop)
-    count = len(steps) * side.prepared.shape.grad_accum_steps
-    return KeyedBatches(key, count, lambda: _open_train_batches(side, stage, steps))
-
-
-def _open_train_batches(side: StudentSide, stage: StageSpec, steps: range) -> Batches:
-    config, shape, splits = side.prepared.config, side.prepared.shape, side.prepared.splits
-    transform = ImageTransform(image_size=config.image_size, augment=config.augment, train=True)
-    batches = train_batches(
-        _dataset(side, "train", splits.train, splits.train_ids, transform),
-        seed=config.seed,
-        stage_index=stage.index,
-        start_step=steps.start,
-        num_steps=steps.stop,
-        global_batch_size=shape.global_batch_size,
-        micro_batch_size=shape.micro_batch_size,
-        student_rank=side.student_rank,
-        num_students=shape.num_students,
-        num_workers=config.num_workers,
-        views_per_decode=config.views_per_decode,
-        shuffle_window=config.shuffle_window,
-        pin_memory=side.device.type == "cuda",
-    )
-    return side.quarantine.watch(batches, split="train")
 
 
 def _report(side: StudentSide, stage: StageSpec, step: int, values: Mapping[str, float]) -> None:
@@ -261,6 +183,7 @@ def _stage_params(stage: StageSpec) -> dict[str, Any]:
         "stage_index": stage.index,
         "trains": ",".join(stage.trains),
         "taps": ",".join(f"{tap.student}={tap.teacher}" for tap in stage.taps),
+        **({"feeds": ",".join(f"{feed.student}={feed.teacher}" for feed in stage.feeds)} if stage.feeds else {}),
         "num_steps": stage.num_steps,
         "optimizer": stage.optimizer.name,
         "learning_rate": stage.optimizer.learning_rate,

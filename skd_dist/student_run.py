@@ -32,7 +32,8 @@ from skd_dist.models.exits import EXITS
 from skd_dist.plan import LOGITS
 from skd_dist.prepare import Prepared
 from skd_dist.shared_pass import Turns
-from skd_dist.stage_runner import split_batches, stage_module, train_stage
+from skd_dist.stage_batches import split_batches
+from skd_dist.stage_runner import stage_module, train_stage
 from skd_dist.stage_side import State, StudentSide
 
 TEACHER_SAMPLE = 1024

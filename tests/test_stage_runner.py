@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from skd_dist import shared_pass, stage_runner
+from skd_dist import shared_pass, stage_batches
 from skd_dist.checkpointer import Preempted
 from skd_dist.config import RunConfig
 from skd_dist.data.index import ShardIndex
@@ -31,7 +31,8 @@ from skd_dist.prepare import Prepared, prepare_run, unpack_embedded_data
 from skd_dist.resume_point import newest_sound
 from skd_dist.run_setup import quarantine_of
 from skd_dist.shared_pass import PassPlan, SharedAsk, take_turns
-from skd_dist.stage_runner import split_batches, train_stage
+from skd_dist.stage_batches import split_batches
+from skd_dist.stage_runner import train_stage
 from skd_dist.stage_side import FoundPoint, State, StudentSide
 from skd_dist.student_run import initial_state, left_out, measure_student, measure_teacher
 from skd_dist.teacher import FrozenTeacher
@@ -347,6 +348,6 @@ def test_too_many_bad_samples_end_the_run_before_an_update(prepared: Prepared, t
 def test_several_views_of_a_sample_are_trained_on_side_by_side(prepared: Prepared, tmp_path: Path) -> None:
     config = dataclasses.replace(prepared.config, views_per_decode=2, shuffle_window=1)
     side = student(dataclasses.replace(prepared, config=config), tmp_path)
-    batches = list(stage_runner._train_batches(side, side.prepared.plan.stages[0], range(3)))
+    batches = list(stage_batches.training_batches(side, side.prepared.plan.stages[0], range(3)))
     assert len(batches) == 3 and side.prepared.samples_per_epoch == 252
     assert all(batch.keys[0::2] == batch.keys[1::2] and len(set(batch.keys)) == 12 for batch in batches)
