@@ -149,7 +149,8 @@ def run_stage(
             given: Outputs = fed_features(stage, targets)
             if step < stage.attack_steps:
                 attack_seed = derive_seed("attack", seed, stage.index, step, micro_step)
-                given, targets = boundary_inputs(engine, ask, batch, targets, seed=attack_seed)
+                near, targets = boundary_inputs(engine, ask, batch, targets, seed=attack_seed)
+                given = {**given, **near}
             outputs = engine.forward(batch.images, given)
             if targets is None:
                 engine.backward(no_loss(outputs))  # the other students wait in the collectives of this backward pass

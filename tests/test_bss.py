@@ -1,5 +1,6 @@
 """BSS: its loss by hand, and its steps in the real loop."""
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from itertools import islice, repeat
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from skd_dist.attack import BOUNDARY, BOUNDARY_LOGITS, BOUNDARY_SLOTS, BOUNDARY_USED
+from skd_dist.attack import BOUNDARY, BOUNDARY_IMAGES, BOUNDARY_LOGITS, BOUNDARY_SLOTS, BOUNDARY_USED
 from skd_dist.contracts import Attack, Batch, Outputs, PlanContext
 from skd_dist.data.seeds import derive_seed
 from skd_dist.engines import EngineSpec, make_engine
@@ -18,7 +19,7 @@ from skd_dist.link.inline import InlineLink
 from skd_dist.methods.bss import Bss
 from skd_dist.models.create import create_model
 from skd_dist.models.cut import cut_model
-from skd_dist.plan import LOGITS, OptimizerSpec, StageSpec
+from skd_dist.plan import LOGITS, Feed, OptimizerSpec, StageSpec
 from skd_dist.progress import StageProgress
 from skd_dist.stage_loop import NoInterruptions, run_stage
 from skd_dist.stage_values import masked_mean
@@ -201,6 +202,20 @@ def test_a_stage_learns_and_stops_attacking() -> None:
     assert max(report.get("train/boundary_soft_cross_entropy", 0) for report in journey.reports) > 0
     assert not journey.link.teacher.has_moved()
     assert not any(name.startswith("nmse") for report in journey.reports for name in report)
+
+
+def test_a_stage_that_is_fed_too_gets_both() -> None:
+    """Boundary samples come beside the teacher's features, and not in their place."""
+    journey = Journey(stage=dataclasses.replace(STAGE, feeds=(Feed(student="stage1", teacher="stage1"),)))
+    seen, forward = [], journey.engine.forward
+
+    def spying(images: Tensor, given: Mapping[str, Tensor] | None = None) -> Outputs:
+        seen.append(set(given or {}))
+        return forward(images, given)
+
+    journey.engine.forward = spying  # type: ignore[method-assign]
+    journey.train(8)
+    assert seen == [{"stage1", BOUNDARY_IMAGES}] * 12 + [{"stage1"}] * 4
 
 
 @pytest.mark.parametrize("stops", [(8,), (3, 8), (1, 6, 7, 8)])
