@@ -20,6 +20,7 @@ from skd_dist.engines import make_engine
 from skd_dist.evaluate import AfterBatch, evaluate_stage
 from skd_dist.models.create import weights_digest
 from skd_dist.plan import StageSpec
+from skd_dist.prepare import Prepared
 from skd_dist.progress import StageProgress
 from skd_dist.resume_point import remove_all
 from skd_dist.shared_pass import Turns
@@ -56,7 +57,7 @@ def train_stage(side: StudentSide, stage: StageSpec, state: State) -> Turns[Stag
     side.tracker.start_child(stage.name, _stage_params(stage))
     engine = make_engine(
         side.engine_spec,
-        stage_module(side, stage, state).to(side.device),
+        stage_module(side.prepared, stage, state).to(side.device),
         optimizer=stage.optimizer,
         micro_batch_size=shape.micro_batch_size,
         grad_accum_steps=shape.grad_accum_steps,
@@ -111,9 +112,9 @@ def train_stage(side: StudentSide, stage: StageSpec, state: State) -> Turns[Stag
     return result
 
 
-def stage_module(side: StudentSide, stage: StageSpec, state: Mapping[str, Tensor]) -> StageModule:
-    """A fresh module of the stage that starts from the student's tensors."""
-    models, config = side.prepared.models, side.prepared.config
+def stage_module(prepared: Prepared, stage: StageSpec, state: Mapping[str, Tensor] | None) -> StageModule:
+    """A fresh module of the stage that starts from the student's tensors; None: from random ones."""
+    models, config = prepared.models, prepared.config
     return build_stage_module(
         cut=models.student,
         stage=stage,
@@ -121,13 +122,13 @@ def stage_module(side: StudentSide, stage: StageSpec, state: Mapping[str, Tensor
         frozen_batchnorm=config.frozen_batchnorm,
         seed=config.seed,
         start_from=state,
-        method=side.prepared.method,
+        method=prepared.method,
     )
 
 
 def validate(side: StudentSide, stage: StageSpec, module_state: State, *, after_batch: AfterBatch) -> dict[str, float]:
     """The stage's objective on the validation split, with a plain copy of the module."""
-    copy = stage_module(side, stage, student_part(module_state))
+    copy = stage_module(side.prepared, stage, student_part(module_state))
     copy.load_state_dict(module_state, strict=True)
     with closing(validation_batches(side, stage)) as batches:
         values = evaluate_stage(

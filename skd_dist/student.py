@@ -16,9 +16,10 @@ from skd_dist.attack import BOUNDARY, BOUNDARY_IMAGES
 from skd_dist.contracts import Method, Outputs, StageModels
 from skd_dist.models.create import create_model
 from skd_dist.models.cut import ModelCut, run_cut, set_training
+from skd_dist.models.features import FeatureShape
 from skd_dist.models.feeding import FeedPoints, check_feeding
 from skd_dist.models.memory_format import arrange_images, set_memory_formats
-from skd_dist.plan import LOGITS, StageSpec
+from skd_dist.plan import LOGITS, Feed, StageSpec, Tap
 
 MODEL_PREFIX = "model."
 """Names of the student's own tensors in a StageModule's state; all others belong to adapters and companion."""
@@ -117,9 +118,7 @@ class StageModule(nn.Module):
 def _make_adapters(stage: StageSpec, cut: ModelCut, teacher_cut: ModelCut | None) -> nn.ModuleDict:
     adapters: dict[str, nn.Module] = {}
     for tap in stage.taps:
-        assert teacher_cut is not None, "a plan with taps and without a teacher passed check_plan"
-        source, target = cut.group(tap.student).feature, teacher_cut.group(tap.teacher).feature
-        assert source is not None and target is not None, "the head has no feature"
+        source, target = _shapes(tap, cut, teacher_cut)
         if tap.adapter == "none":
             adapters[tap.teacher] = nn.Identity()
         else:
@@ -127,13 +126,19 @@ def _make_adapters(stage: StageSpec, cut: ModelCut, teacher_cut: ModelCut | None
     return nn.ModuleDict(adapters)
 
 
+def _shapes(pair: Tap | Feed, cut: ModelCut, teacher_cut: ModelCut | None) -> tuple[FeatureShape, FeatureShape]:
+    """Of the student's and of the teacher's feature."""
+    assert teacher_cut is not None, "a plan that needs a teacher and has none passed check_plan"
+    own, others = cut.group(pair.student).feature, teacher_cut.group(pair.teacher).feature
+    assert own is not None and others is not None, "the head has no feature"
+    return own, others
+
+
 def _make_inlets(stage: StageSpec, cut: ModelCut, teacher_cut: ModelCut | None) -> nn.ModuleDict:
     """What brings a teacher's feature to the student's layout and size; methods feed where the widths agree."""
     inlets: dict[str, nn.Module] = {}
     for feed in stage.feeds:
-        assert teacher_cut is not None, "a plan that feeds the student and has no teacher passed check_plan"
-        source, target = teacher_cut.group(feed.teacher).feature, cut.group(feed.student).feature
-        assert source is not None and target is not None, "the head has no feature"
+        target, source = _shapes(feed, cut, teacher_cut)
         inlets[feed.student] = make_adapter(source, target)
     return nn.ModuleDict(inlets)
 

@@ -174,7 +174,7 @@ def measure_student(side: StudentSide, state: State, split: str) -> dict[str, fl
 def measure_companion(side: StudentSide, state: State, companion: Companion, split: str) -> dict[str, float]:
     """Top-1 of each of the method's predictions, with the student and its companion as they are published."""
     stage = side.prepared.plan.stages[-1]
-    module = stage_module(side, stage, state)
+    module = stage_module(side.prepared, stage, state)
     assert module.companion is not None, "what was published was the companion of this stage"
     module.companion.load_state_dict(companion.state, strict=True)
     module = module.eval().to(side.device)

@@ -34,7 +34,7 @@ def members_of(config: RunConfig) -> tuple[Member, ...]:
     """
     if config.teacher is None:
         return ()
-    names = config.teacher.split(",")
+    names = [name.strip() for name in config.teacher.split(",")]
     given = config.teacher_checkpoint
     if len(names) == 1:
         return (Member(names[0], given),)

@@ -6,7 +6,7 @@ cannot continue, and in a study again at every launch.
 
 from skd_dist.methods.base import BaseMethod
 from skd_dist.prepare import Prepared
-from skd_dist.student import build_stage_module
+from skd_dist.stage_runner import stage_module
 
 
 def try_stages(prepared: Prepared) -> None:
@@ -15,20 +15,11 @@ def try_stages(prepared: Prepared) -> None:
     Raises:
         UserError: a companion, or a place where the student is fed, that its network does not allow.
     """
-    models, method, config = prepared.models, prepared.method, prepared.config
-    accompanied = getattr(type(method), "companion", None) is not BaseMethod.companion
+    accompanied = getattr(type(prepared.method), "companion", None) is not BaseMethod.companion
     seen = set()
     for stage in prepared.plan.stages:
         brings = (stage.feeds, stage.student_features)
         if brings in seen or not (stage.feeds or accompanied):
             continue
         seen.add(brings)
-        build_stage_module(
-            cut=models.student,
-            stage=stage,
-            teacher_cut=models.teacher,
-            frozen_batchnorm=config.frozen_batchnorm,
-            seed=config.seed,
-            start_from=None,
-            method=method,
-        )
+        stage_module(prepared, stage, None)

@@ -124,7 +124,7 @@ def test_a_member_without_weights_is_named(tmp_path: Path) -> None:
         ("a", "x,y", (Member("a", "x,y"),)),
         ("a,b", None, (Member("a", None), Member("b", None))),
         ("a,b", "pretrained", (Member("a", "pretrained"), Member("b", "pretrained"))),
-        ("a,a", "x,y", (Member("a", "x"), Member("a", "y"))),
+        ("a, a", "x,y", (Member("a", "x"), Member("a", "y"))),
     ],
 )
 def test_networks_and_their_weights(teacher: str | None, checkpoint: str | None, expected: tuple[Member, ...]) -> None:

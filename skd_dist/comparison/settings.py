@@ -25,6 +25,10 @@ MAY_DIFFER = frozenset(
 )
 """Fields of RunConfig in which runs of one cell may differ."""
 
+_DIGESTS = frozenset(("teacher_digest", "data_digest"))
+"""What a store keeps among the parameters of a run: seeds may have teachers of their own, and pairs are held against
+each other by their data anyway."""
+
 _COMPARED = "num_compared_samples"
 """In a summary: samples of a micro-batch that the loss compares with each other; None for most methods."""
 
@@ -43,7 +47,7 @@ def first_difference(
     first: dict[str, tuple[str, str]] = {}
     for place, config, summary in runs:
         for field, value in ({**config, _COMPARED: summary.get(_COMPARED)}).items():
-            if field in MAY_DIFFER:
+            if field in MAY_DIFFER | _DIGESTS:
                 continue
             other = first.setdefault(field, (place, str(value)))
             if other[1] != str(value):

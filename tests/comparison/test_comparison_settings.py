@@ -49,6 +49,11 @@ def test_a_store_that_keeps_texts_says_the_same() -> None:
     assert len(to_runs(runs, TEST)) == 2
 
 
+def test_seeds_may_have_teachers_of_their_own_in_a_store_as_in_directories() -> None:
+    runs = [record("a", {"teacher_digest": "T"}), record("b", {"teacher_digest": "U"}, seed=1)]
+    assert len(to_runs(runs, TEST)) == 2
+
+
 @pytest.mark.parametrize(
     "text", ["hinton@alpha=0.5,temperature=2", "hinton@temperature=2 alpha=0.5", "hinton@alpha=0.5  temperature=2"]
 )
