@@ -122,11 +122,12 @@ class Checkpointer:
         self._undo_step()
         self._leave(progress)
 
-    def wishes(self) -> tuple[bool, bool]:
+    def wishes(self, *, give_up: bool) -> tuple[bool, bool, bool]:
         # One clock decides, the first student's: the others have no wish of their own to save.
         due = self._interval.seconds is not None and self._board.rank == 0
         save = bool(due and time.monotonic() - self._last_s >= (self._interval.seconds or 0))
-        return self._with_peers(save, self._stop_asked())
+        give_up, save, stop = self._with_peers(give_up, save, self._stop_asked())
+        return give_up, save, stop
 
     def num_bad_samples(self) -> int:
         return self._quarantine.num_pending
@@ -153,7 +154,7 @@ class Checkpointer:
         if any_student(leaves):
             self._leave(progress)
 
-    def _with_peers(self, *wishes: bool) -> Any:
+    def _with_peers(self, *wishes: bool) -> tuple[bool, ...]:
         """Whether this student or one of its partners has each wish; all students then add theirs up."""
         return wishes if self._cohort is None else self._cohort.any_wishes(*wishes)
 
@@ -162,7 +163,8 @@ class Checkpointer:
         saved = progress.step == self._saved_step or self.save(progress)
         stopped = f"stopped after step {progress.step}" + ("" if saved else ", which could not be saved")
         lost = self._no_teacher()
-        said = [json.loads(text) for text in self.share(json.dumps([lost.line if lost else "", self._stop_asked()]))]
+        own = json.dumps([lost.line if lost else "", self._stop_asked()])
+        said = [json.loads(text) for text in self._everyone.gather("why", own)]
         reasons = [line for line, _ in said if line]
         if not reasons or any(stop for _, stop in said):
             raise Preempted(stopped)

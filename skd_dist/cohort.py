@@ -1,13 +1,10 @@
-"""A cohort whose peers have ranks of their own: what each of them trains, and where it keeps its files.
+"""A cohort whose networks have ranks of their own: what each of the peers trains.
 
-    RUN/                 peer 1: the run itself, and its result
-    RUN/peers/peer2/     a run like any other, of the second network, on the same samples for as many steps
-
-Every peer prepares what the whole run is, and then takes its part. What a peer starts from is what it would start from
-beside the others in one engine: the seeds are drawn in the same way.
+A peer starts from what it would start from beside the others in one engine: the seeds are drawn in the same way.
 """
 
 import dataclasses
+from typing import Any
 
 import torch
 
@@ -20,41 +17,26 @@ from skd_dist.plan import StagePlan, check_plan
 from skd_dist.prepare import Models, Peer, Prepared
 from skd_dist.student import stage_seed
 
-PEERS = "peers"
-"""Folder of a run in which its other peers are runs of their own."""
+
+def network_changes(config: RunConfig, number: int) -> dict[str, Any]:
+    """Fields in which a peer after the first differs from the run, but for its directory."""
+    networks = find_cohort(config.method, config.method_options).networks(config.student)
+    return {"student": networks[number - 1], "student_checkpoint": None, "match": ""}
 
 
-def peer_config(config: RunConfig, number: int) -> RunConfig:
-    """The configuration of one peer of a run; the first is the run itself.
-
-    Args:
-        number: from 1.
-    """
-    if number == 1:
-        return config
-    return dataclasses.replace(
-        config,
-        student=find_cohort(config.method, config.method_options).networks(config.student)[number - 1],
-        student_checkpoint=None,
-        match="",
-        run_dir=config.run_dir / PEERS / f"peer{number}",
-        # That there is a run to go on with is the first peer's to say.
-        resume_or_start=config.resume or config.resume_or_start,
-    )
-
-
-def take_part(prepared: Prepared, number: int) -> Prepared:
+def take_network(prepared: Prepared, own: RunConfig, number: int) -> Prepared:
     """What one peer trains of a cohort.
 
     Args:
         prepared: the run, as if all peers were in one engine.
+        own: the peer's configuration.
         number: of the peer, from 1.
 
     Raises:
         UserError: its network does not fit the image size.
     """
     config = prepared.config
-    own, method = peer_config(config, number), find_cohort(config.method, config.method_options).peer(number)
+    method = find_cohort(config.method, config.method_options).peer(number)
     cut = prepared.models.student
     if number > 1:
         cut = cut_model(own.student, num_classes=own.num_classes, image_size=own.image_size)

@@ -25,14 +25,14 @@ class BatchShape:
     num_students: int
 
 
-def num_peer_groups(config: RunConfig) -> int:
-    """Into how many groups the ranks are split, each of which trains a peer.
+def num_peers(config: RunConfig) -> int:
+    """Into how many groups the student ranks are split, each of which trains something of its own.
 
     Raises:
         UserError: peers shall have ranks of their own, and the method has none.
     """
     if config.cohort_placement == "engine":
-        return 1
+        return config.block_groups
     return len(find_cohort(config.method, config.method_options).networks(config.student))
 
 
@@ -87,8 +87,11 @@ def check_config(config: RunConfig) -> None:
     if not (config.lr > 0 and math.isfinite(config.lr)):
         raise UserError("--lr cannot be used", got=config.lr, expected="a number above 0")
     find_method(config.method, config.method_options)
+    _check_range("--block-groups", config.block_groups, low=1)
     if config.cohort_placement == "ranks":
         _check_cohort_on_ranks(config)
+    if num_peers(config) > 1:
+        _check_peers(config)
     parse_duration(config.stage_duration)
     parse_duration(config.head_duration)
     parse_interval(config.checkpoint_every, global_batch_size=config.global_batch_size, samples_per_epoch=1)
@@ -109,20 +112,26 @@ def check_config(config: RunConfig) -> None:
 
 
 def _check_cohort_on_ranks(config: RunConfig) -> None:
-    num_peer_groups(config)
+    if config.block_groups > 1:
+        raise UserError("--cohort-placement ranks and --block-groups exclude each other", do="leave one of them out")
     if config.teacher_ranks not in (0, "auto"):
         raise UserError(
             "--cohort-placement ranks has no teacher, and no ranks for one",
             got=f"--teacher-ranks {config.teacher_ranks}",
             expected="0 or auto",
         )
-    # A bad sample is found by one peer and not by the others: they would learn from logits of other images.
+
+
+def _check_peers(config: RunConfig) -> None:
+    """What runs of one peer can do, and those of several cannot."""
+    own = "--block-groups" if config.block_groups > 1 else "--cohort-placement ranks"
+    # A bad sample is found by one peer and not by the others: they would learn from other images than this one.
     for flag, is_given in (
         ("--share-teacher-pass", config.share_teacher_pass),
         ("--on-bad-sample quarantine", config.on_bad_sample == "quarantine"),
     ):
         if is_given:
-            raise UserError(f"--cohort-placement ranks and {flag} exclude each other", do="leave one of them out")
+            raise UserError(f"{own} and {flag} exclude each other", do="leave one of them out")
 
 
 def _check_validation(config: RunConfig) -> None:

@@ -9,14 +9,14 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from skd_dist.cohort import take_part
 from skd_dist.config import RunConfig
 from skd_dist.data.selection import describe_steps
 from skd_dist.models.cost import GroupCost, exit_costs, group_costs
 from skd_dist.models.cut import HEAD, ModelCut
 from skd_dist.models.exits import EXITS, group_of, is_exit
+from skd_dist.peers import take_part
 from skd_dist.plan import LOGITS, StageSpec
-from skd_dist.prepare import Prepared, prepare_run, unpack_embedded_data, uses_embedded_data
+from skd_dist.prepare import Peer, Prepared, prepare_run, unpack_embedded_data, uses_embedded_data
 from skd_dist.roles import RoleMap, World
 from skd_dist.runner import roles_of
 from skd_dist.trial import try_stages
@@ -35,6 +35,8 @@ def _describe(config: RunConfig, roles: RoleMap, world: World) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         prepared = _prepare_without_traces(config, roles, Path(scratch))
     parts = [_header(prepared), _roles(roles, world), _matching(prepared), _stages(prepared)]
+    if prepared.peer is not None and prepared.peer.blocks:
+        parts.append(_blocks(prepared.peer))
     if prepared.method.companion_file == EXITS:
         parts.append(_exits(prepared.models.student))
     return "\n".join(parts)
@@ -68,12 +70,18 @@ def _roles(roles: RoleMap, world: World) -> str:
     lines = ["roles"]
     for rank in range(roles.world_size):
         node, device = divmod(rank, world.ranks_per_node)
-        is_student = roles.role_of(rank) == "student" and roles.num_peers == 1
-        asks = f", asks teachers {list(roles.teachers_of(rank))}" if is_student else ""
-        of_peer = f" of peer {roles.peer_of(rank)}" if roles.num_peers > 1 else ""
+        is_student = roles.role_of(rank) == "student"
+        teachers = list(roles.teachers_of(rank)) if is_student else []
+        asks = f", asks teachers {teachers}" if teachers or (is_student and roles.num_peers == 1) else ""
+        of_peer = f" of peer {roles.peer_of(rank)}" if is_student and roles.num_peers > 1 else ""
         role = f"{roles.role_of(rank)} {roles.role_rank(rank)}{of_peer}"
         lines.append(f"  rank {rank}  node {node} device {device}  {role}{asks}")
     return "\n".join(lines)
+
+
+def _blocks(peer: Peer) -> str:
+    trained = (f"  peer {number}: {', '.join(groups)}" for number, groups in enumerate(peer.blocks, start=1))
+    return "\n".join(["blocks that each peer trains; the plan above is the first's", *trained])
 
 
 def _matching(prepared: Prepared) -> str:

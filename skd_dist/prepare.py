@@ -88,7 +88,7 @@ class Splits:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Peer:
-    """Which part of a cohort a run is, where the peers have ranks and run directories of their own (`cohort`)."""
+    """Which part of a whole a run is, where peers have ranks and run directories of their own (`peers`)."""
 
     number: int
     """From 1: that one is the run itself."""
@@ -96,6 +96,10 @@ class Peer:
     """Of the whole, and of peer 1."""
     initial_seed: int
     """Of this peer's initial weights."""
+    blocks: tuple[tuple[str, ...], ...] = ()
+    """Student groups that each peer trains while the teacher feeds it, where peers are blocks of one student."""
+    asked_together: tuple[str, ...] = ()
+    """Teacher outputs that the peers ask for in that stage, all of the same images."""
 
 
 @dataclass(frozen=True, kw_only=True)

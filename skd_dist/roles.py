@@ -35,7 +35,8 @@ class RoleMap:
     world_size: int
     teacher_ranks: tuple[int, ...]
     num_peers: int = 1
-    """Groups of student ranks, of equal size and one after the other, each of which trains a network of its own."""
+    """Groups of student ranks, of equal size and one after the other, each of which trains something of its own: a
+    network of a cohort, or some blocks of the student."""
 
     @property
     def student_ranks(self) -> tuple[int, ...]:
@@ -43,7 +44,7 @@ class RoleMap:
 
     @property
     def num_students(self) -> int:
-        """Student ranks that train one network together."""
+        """Student ranks that train together, on parts of the same batches."""
         return len(self.student_ranks) // self.num_peers
 
     def role_of(self, rank: int) -> Role:
@@ -54,8 +55,8 @@ class RoleMap:
         return self.world_of(rank).index(rank)
 
     def peer_of(self, rank: int) -> int:
-        """Which peer a rank trains, counted from 1; where there is one network, 1 for all."""
-        return 1 if self.num_peers == 1 else 1 + self.student_ranks.index(rank) // self.num_students
+        """Which peer a rank trains, counted from 1; teachers belong to the first."""
+        return 1 if rank in self.teacher_ranks else 1 + self.student_ranks.index(rank) // self.num_students
 
     def world_of(self, rank: int) -> tuple[int, ...]:
         """The ranks whose collectives a rank takes part in: those of its role, and of its peer."""
@@ -66,11 +67,16 @@ class RoleMap:
 
     def world_name(self, rank: int) -> str:
         """What tells that world from the others of the launch."""
-        return f"{self.role_of(rank)}s" if self.num_peers == 1 else f"peer{self.peer_of(rank)}"
+        is_alone = self.num_peers == 1 or rank in self.teacher_ranks
+        return f"{self.role_of(rank)}s" if is_alone else f"peer{self.peer_of(rank)}"
 
     def run_ranks(self, rank: int) -> tuple[int, ...]:
         """The ranks that have a run directory in common, the one that writes there first."""
-        return tuple(range(self.world_size)) if self.num_peers == 1 else self.world_of(rank)
+        if self.num_peers == 1:
+            return tuple(range(self.world_size))
+        peer = self.peer_of(rank)
+        students = self.student_ranks[(peer - 1) * self.num_students : peer * self.num_students]
+        return students + self.teacher_ranks if peer == 1 else students
 
     def partners_of(self, rank: int) -> dict[int, int]:
         """Number of each other peer -> the rank there that sees the same batches as this one."""
@@ -85,12 +91,13 @@ class RoleMap:
         """Global ranks of the teachers that a global student rank may ask, nearest share first.
 
         Every teacher is used by someone and every student has at least one: with S students and T teachers, student s
-        asks teachers s*T//S .. ; with fewer teachers than students, s*T//S alone.
+        asks teachers s*T//S .. ; with fewer teachers than students, s*T//S alone. Students of several peers that see
+        the same batches ask the same teachers.
         """
         if not self.teacher_ranks:
             return ()
-        num_students, num_teachers = len(self.student_ranks), len(self.teacher_ranks)
-        index = self.student_ranks.index(student)
+        num_students, num_teachers = self.num_students, len(self.teacher_ranks)
+        index = self.role_rank(student)
         first = index * num_teachers // num_students
         last = max(first + 1, (index + 1) * num_teachers // num_students)
         return self.teacher_ranks[first:last]
@@ -114,20 +121,25 @@ def resolve_teacher_ranks(requested: int | Literal["auto"], world_size: int) -> 
     return requested
 
 
-def make_peer_map(*, world_size: int, num_peers: int) -> RoleMap:
-    """Split the ranks among peers; there is no teacher.
+def split_among_peers(roles: RoleMap, num_peers: int, *, flag: str) -> RoleMap:
+    """Split the student ranks among peers.
+
+    Args:
+        roles: of one peer.
+        flag: what asks for the peers, for the message.
 
     Raises:
         UserError: they cannot be split evenly.
     """
-    if world_size % num_peers:
-        below, above = world_size // num_peers * num_peers, (world_size // num_peers + 1) * num_peers
+    count = len(roles.student_ranks)
+    if count % num_peers:
+        below, above = count // num_peers * num_peers, (count // num_peers + 1) * num_peers
         raise UserError(
-            f"--cohort-placement ranks: {num_peers} peers cannot share the ranks evenly",
-            got=f"{world_size} ranks",
+            f"{flag}: {num_peers} peers cannot share the student ranks evenly",
+            got=f"{count} student ranks",
             expected=f"for example {f'{below} or {above}' if below else above}",
         )
-    return RoleMap(world_size=world_size, teacher_ranks=(), num_peers=num_peers)
+    return RoleMap(world_size=roles.world_size, teacher_ranks=roles.teacher_ranks, num_peers=num_peers)
 
 
 def make_role_map(*, world_size: int, ranks_per_node: int, num_teachers: int, placement: Placement) -> RoleMap:

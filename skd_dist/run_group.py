@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 from skd_dist.checkpoint import cannot_go_on_without
-from skd_dist.cohort import PEERS, peer_config
 from skd_dist.config import RunConfig
 from skd_dist.display import RunDisplay
 from skd_dist.emergency import Guards
@@ -21,6 +20,7 @@ from skd_dist.job.rendezvous import Job
 from skd_dist.link.ask_ahead import AskAhead
 from skd_dist.link.cohort import CohortLink, open_cohort_link
 from skd_dist.methods import find_method
+from skd_dist.peers import PEERS, peer_config
 from skd_dist.prepare import Prepared, teacher_not_used
 from skd_dist.run_record import write_summary
 from skd_dist.run_setup import (
@@ -117,7 +117,7 @@ def run_group(
     displays = [RunDisplay(enabled=job.world.rank == 0, is_alone=len(configs) == 1) for _ in configs]
     found: list[dict[str, Any]] = [{} for _ in runs]
     if job.role == "teacher":
-        serve_teacher(job, teacher, key)
+        serve_teacher(job, teacher, key, runs[0].prepared)
     else:
         runs = [_track(run, job, guards, display) for run, display in zip(runs, displays, strict=True)]
         found = _train(runs, job, teacher, key, guards, displays)

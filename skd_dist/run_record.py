@@ -39,6 +39,7 @@ def identity_of(prepared: Prepared, *, teacher_digest: str | None, arithmetic: M
         **method_identity(prepared.method),
         "student": config.student,
         "cohort_placement": config.cohort_placement,
+        **({"block_groups": config.block_groups} if config.block_groups > 1 else {}),
         "teacher": config.teacher,
         "teacher_digest": teacher_digest,
         "teacher_dtype": config.teacher_dtype,

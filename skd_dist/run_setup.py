@@ -16,7 +16,6 @@ from typing import Literal
 
 import torch
 
-from skd_dist.cohort import take_part
 from skd_dist.cohort_resume import common_num_done, common_point
 from skd_dist.config import MAY_CHANGE_ON_RESUME, RunConfig
 from skd_dist.data.location import redact
@@ -28,6 +27,7 @@ from skd_dist.job.blackboard import Blackboard
 from skd_dist.job.consensus import agreed, broadcast_text, gather_text
 from skd_dist.job.rendezvous import Job
 from skd_dist.methods import method_identity
+from skd_dist.peers import take_part
 from skd_dist.prepare import Prepared, prepare_run, unpack_embedded_data
 from skd_dist.quarantine import Entry, Quarantine
 from skd_dist.resume_point import newest_sound, verify

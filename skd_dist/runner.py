@@ -14,7 +14,7 @@ from typing import Any
 
 from skd_dist.checkpointer import Preempted
 from skd_dist.config import RunConfig
-from skd_dist.config_checks import batch_shape, check_config, num_peer_groups
+from skd_dist.config_checks import batch_shape, check_config, num_peers
 from skd_dist.display import RunDisplay, summary_table
 from skd_dist.emergency import Emergency, Guards
 from skd_dist.errors import EXIT_USER_ERROR, UserError
@@ -24,7 +24,7 @@ from skd_dist.job.notices import NoticeReader
 from skd_dist.job.pulse import Pulse, StallWatch
 from skd_dist.job.rendezvous import join_job, leave_job
 from skd_dist.job.stop_request import EXIT_STOPPED, StopRequest, ending_with, launchers_above
-from skd_dist.roles import RoleMap, World, make_peer_map, make_role_map, resolve_teacher_ranks
+from skd_dist.roles import RoleMap, World, make_role_map, resolve_teacher_ranks, split_among_peers
 from skd_dist.run_group import groups_of, run_group
 from skd_dist.run_record import resume_those_begun
 from skd_dist.run_setup import (
@@ -42,15 +42,15 @@ def roles_of(config: RunConfig, world: World) -> RoleMap:
     Raises:
         UserError: the ranks do not fit what is asked for.
     """
-    num_peers = num_peer_groups(config)
-    if num_peers > 1:
-        return make_peer_map(world_size=world.world_size, num_peers=num_peers)
-    return make_role_map(
+    is_cohort = config.cohort_placement == "ranks"  # without a teacher, whatever auto is otherwise
+    roles = make_role_map(
         world_size=world.world_size,
         ranks_per_node=world.ranks_per_node,
-        num_teachers=resolve_teacher_ranks(config.teacher_ranks, world.world_size),
+        num_teachers=0 if is_cohort else resolve_teacher_ranks(config.teacher_ranks, world.world_size),
         placement=config.teacher_placement,
     )
+    flag = "--cohort-placement ranks" if is_cohort else f"--block-groups {config.block_groups}"
+    return split_among_peers(roles, num_peers(config), flag=flag)
 
 
 def check_runs(configs: Sequence[RunConfig], *, world: World) -> None:
@@ -67,7 +67,7 @@ def check_runs(configs: Sequence[RunConfig], *, world: World) -> None:
         if roles != roles_of(configs[0], world):
             raise UserError(
                 f"run {config.name}: the runs of one launch must have the same ranks for the same roles",
-                do="give all the same --teacher-ranks, --cohort-placement and number of peers",
+                do="give all the same --teacher-ranks, --cohort-placement, --block-groups and number of peers",
             )
     if len({config.run_dir for config in configs}) != len(configs):
         raise UserError("two runs of this launch have the same run directory", do="give each a name of its own")

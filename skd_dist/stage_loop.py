@@ -51,8 +51,12 @@ class Interruptions(Protocol):
         """Leave from before the step under way, on all students: one at least has no teacher. Nothing was updated."""
         ...
 
-    def wishes(self) -> tuple[bool, bool]:
-        """(save, stop): what this student wants after the step under way. One student's wish counts for all."""
+    def wishes(self, *, give_up: bool) -> tuple[bool, bool, bool]:
+        """(give up, save, stop): what this student wants of the step under way and after it. One's wish counts for all.
+
+        Args:
+            give_up: whether it has no teacher's answer for the step.
+        """
         ...
 
     def num_bad_samples(self) -> int:
@@ -80,8 +84,8 @@ class NoInterruptions:
     def give_up(self, progress: StageProgress) -> NoReturn:
         raise AssertionError("a measurement does not lose its teacher")
 
-    def wishes(self) -> tuple[bool, bool]:
-        return False, False
+    def wishes(self, *, give_up: bool) -> tuple[bool, bool, bool]:
+        return give_up, False, False
 
     def num_bad_samples(self) -> int:
         return 0
@@ -168,11 +172,11 @@ def run_stage(
                 add_variances(meter, stage, targets, batch.valid)
 
         # Before the update, so that no student moves on what another found to be broken. Wishes ride along for free.
-        own = [float(sum(micro_losses)), len(micro_losses), grad_accum_steps, *map(float, interruptions.wishes())]
-        own.append(interruptions.num_bad_samples())
+        wishes = interruptions.wishes(give_up=len(micro_losses) < grad_accum_steps)
+        own = [float(sum(micro_losses)), grad_accum_steps, *wishes, interruptions.num_bad_samples()]
         agreed = sum_over_students(torch.tensor(own, dtype=torch.float64)).tolist()
-        loss_sum, num_answered, num_micro_steps, save, stop, num_bad_samples = agreed
-        if num_answered < num_micro_steps:
+        loss_sum, num_micro_steps, gives_up, save, stop, num_bad_samples = agreed
+        if gives_up > 0:
             interruptions.give_up(progress)
         progress.window.merge(meter)
         progress.loss_trace.append(loss_sum / num_micro_steps)

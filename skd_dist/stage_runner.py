@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from skd_dist import __version__
+from skd_dist.block_join import join_blocks
 from skd_dist.checkpoint import Companion, write_stage_result
 from skd_dist.engines import make_engine
 from skd_dist.evaluate import AfterBatch, evaluate_stage
@@ -104,8 +105,9 @@ def train_stage(side: StudentSide, stage: StageSpec, state: State) -> Turns[Stag
     assert chosen is not None
     report = progress.averaged()
     check_frozen(side, stage, before=state, after=student_part(chosen))
-    entry = _summary_entry(stage, report, chosen_values, num_images=stage.num_steps * shape.global_batch_size)
-    result = StageResult(state=student_part(chosen), entry=entry, companion=_companion(side, chosen))
+    joined, values = join_blocks(side, stage, student_part(chosen), chosen_values)
+    entry = _summary_entry(stage, report, values, num_images=stage.num_steps * shape.global_batch_size)
+    result = StageResult(state=joined, entry=entry, companion=_companion(side, chosen))
     _publish(side, stage, result)
     side.display.end_stage({**report.last_values, **chosen_values, **_overall_rates(entry)})
     side.tracker.end_child("FINISHED")

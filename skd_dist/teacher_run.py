@@ -17,12 +17,13 @@ from skd_dist.errors import UserError
 from skd_dist.job.consensus import agreed, gather_text, print_error
 from skd_dist.job.notices import post_notice
 from skd_dist.job.rendezvous import Job
-from skd_dist.link.inline import InlineLink, no_attack
+from skd_dist.link.inline import AnswerRequest, InlineLink, no_attack
+from skd_dist.link.shared_answers import SharedAnswers
 from skd_dist.link.student_side import RemoteLink
 from skd_dist.link.teacher_side import Event, cannot_be_lost, serve
 from skd_dist.models.exits import is_exit
 from skd_dist.prepare import Prepared
-from skd_dist.roles import Role
+from skd_dist.roles import Role, RoleMap
 from skd_dist.teacher import Teacher
 from skd_dist.teacher_load import Load, build_teacher
 from skd_dist.teacher_members import members_of
@@ -144,8 +145,12 @@ def answer_of(teacher: Teacher | None) -> Callable[..., Any]:
     return refuse
 
 
-def serve_teacher(job: Job, teacher: Teacher | None, key: str) -> None:
-    """Answer the students of a run; losses of the model are told to rank 0 and in one line here."""
+def serve_teacher(job: Job, teacher: Teacher | None, key: str, run: Prepared) -> None:
+    """Answer the students of a run; losses of the model are told to rank 0 and in one line here.
+
+    Args:
+        run: the first, where several share a pass.
+    """
 
     def tell(what: Event, data: Mapping[str, Any]) -> None:
         post_notice(job.store, "teacher_lost" if what == "lost" else "teacher_back", {"rank": job.world.rank, **data})
@@ -154,7 +159,30 @@ def serve_teacher(job: Job, teacher: Teacher | None, key: str) -> None:
 
     revive = teacher.revive if isinstance(teacher, TeacherProcess) else cannot_be_lost
     attack = no_attack if teacher is None else teacher.attack
-    serve(job, answer_of(teacher), run_key=key, timeout=LINK_TIMEOUT, attack=attack, revive=revive, on_event=tell)
+    answer = answer_of(teacher)
+    serve(
+        job,
+        answer,
+        run_key=key,
+        timeout=LINK_TIMEOUT,
+        attack=attack,
+        shared=share_answers(job.roles, answer, run),
+        revive=revive,
+        on_event=tell,
+    )
+
+
+def share_answers(roles: RoleMap, answer: AnswerRequest, run: Prepared) -> SharedAnswers | None:
+    """One pass for the students of several peers that see the same images; None where no peers ask together."""
+    if run.peer is None or not run.peer.asked_together:
+        return None
+    return SharedAnswers(
+        answer,
+        together=run.peer.asked_together,
+        partners=[{rank, *roles.partners_of(rank).values()} for rank in roles.world_of(0)],
+        # As far as one peer may be ahead of another: what it asks ahead, and a step.
+        limit=roles.num_students * (run.config.prefetch + run.shape.grad_accum_steps + 1),
+    )
 
 
 def make_link(

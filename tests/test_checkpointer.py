@@ -253,7 +253,7 @@ def test_steps_decide_on_every_student_and_the_clock_on_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     both = students(tmp_path)
-    assert [student.checkpointer.wishes() for student in both] == [(False, False)] * 2
+    assert [student.checkpointer.wishes(give_up=False) for student in both] == [(False, False, False)] * 2
     for step in range(1, 12):
         now = progress(step)
         together(lambda student: student.checkpointer.act(now, save=False, stop=False), both)  # noqa: B023
@@ -261,13 +261,13 @@ def test_steps_decide_on_every_student_and_the_clock_on_the_first(
 
     clocked = students(tmp_path / "clock", Interval(seconds=60))
     monkeypatch.setattr(subject.time, "monotonic", lambda: 1e9)
-    assert [student.checkpointer.wishes() for student in clocked] == [(True, False), (False, False)]
+    assert [student.checkpointer.wishes(give_up=False)[1:] for student in clocked] == [(True, False), (False, False)]
 
 
 def test_who_is_asked_to_stop_saves_first(tmp_path: Path) -> None:
     both = students(tmp_path)
     both[1].stop = True
-    assert [student.checkpointer.wishes() for student in both] == [(False, False), (False, True)]
+    assert [student.checkpointer.wishes(give_up=False)[1:] for student in both] == [(False, False), (False, True)]
 
     def stop(student: Student) -> str:
         with pytest.raises(Preempted) as caught:

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from skd_dist.cohort import peer_config, take_part
 from skd_dist.config import RunConfig
 from skd_dist.config_checks import batch_shape
 from skd_dist.errors import UserError
 from skd_dist.methods import find_cohort, find_method
 from skd_dist.models.create import create_model
 from skd_dist.models.cut import cut_model
+from skd_dist.peers import peer_config, take_part
 from skd_dist.plan import LOGITS
 from skd_dist.prepare import Models, Prepared, write_plan
 from skd_dist.roles import World
@@ -143,7 +143,8 @@ def test_the_ranks_are_split_among_the_peers() -> None:
 @pytest.mark.parametrize(("size", "expected"), [(1, "3"), (4, "3 or 6")])
 def test_ranks_that_the_peers_cannot_share_are_refused(size: int, expected: str) -> None:
     message = (
-        f"--cohort-placement ranks: 3 peers cannot share the ranks evenly; got {size} ranks; expected for example "
+        "--cohort-placement ranks: 3 peers cannot share the student ranks evenly; "
+        f"got {size} student ranks; expected for example "
     )
     with pytest.raises(UserError, match=f"^{message}{expected}$"):
         check_runs([CONFIG], world=world_of(size))

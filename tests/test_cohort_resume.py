@@ -148,11 +148,17 @@ def test_no_peer_purges_while_another_cannot_commit(peers: list[PeerStudent], mo
     assert meeting_step([Standing(steps=tuple(one.steps), has_saved=True) for one in peers]) == 10
 
 
+@pytest.mark.parametrize("without", [0, 1])
+def test_a_step_that_one_peer_cannot_take_is_given_up_by_both(peers: list[PeerStudent], without: int) -> None:
+    found = together(lambda one: one.checkpointer.wishes(give_up=one is peers[without]), peers)
+    assert found == [(True, False, False)] * 2
+
+
 @pytest.mark.parametrize("asked", [0, 1])
 def test_a_stop_that_one_peer_hears_of_stops_both_after_the_same_step(peers: list[PeerStudent], asked: int) -> None:
-    assert together(lambda one: one.checkpointer.wishes(), peers) == [(False, False)] * 2
+    assert together(lambda one: one.checkpointer.wishes(give_up=False), peers) == [(False, False, False)] * 2
     peers[asked].stop = True
-    assert together(lambda one: one.checkpointer.wishes(), peers) == [(False, True)] * 2
+    assert together(lambda one: one.checkpointer.wishes(give_up=False), peers) == [(False, False, True)] * 2
 
     def leave(one: PeerStudent) -> str:
         with pytest.raises(Preempted) as stopped:

@@ -37,6 +37,7 @@ FLAGS = [
     "--teacher-ranks",
     "--teacher-placement",
     "--cohort-placement",
+    "--block-groups",
     "--teacher-dtype",
     "--deepspeed-config",
     "--global-batch-size",

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skd_dist.errors import UserError
-from skd_dist.roles import RoleMap, make_peer_map, make_role_map, resolve_teacher_ranks
+from skd_dist.roles import RoleMap, make_role_map, resolve_teacher_ranks, split_among_peers
 
 
 @pytest.mark.parametrize(
@@ -34,12 +34,25 @@ def test_role_rank_is_not_the_device_index():
 
 
 def test_six_ranks_of_three_peers():
-    roles = make_peer_map(world_size=6, num_peers=3)
+    roles = split_among_peers(RoleMap(world_size=6, teacher_ranks=()), 3, flag="--flag")
     assert [roles.peer_of(rank) for rank in range(6)] == [1, 1, 2, 2, 3, 3]
     assert [roles.role_rank(rank) for rank in range(6)] == [0, 1] * 3
     assert roles.num_students == 2
     assert (roles.world_of(3), roles.run_ranks(3), roles.world_name(3)) == ((2, 3), (2, 3), "peer2")
     assert roles.partners_of(3) == {1: 1, 3: 5}
+
+
+def test_two_peers_and_two_teachers():
+    """Students that see the same batches ask the same teachers, and the teachers belong to the first peer's run."""
+    roles = split_among_peers(RoleMap(world_size=8, teacher_ranks=(3, 7)), 2, flag="--flag")
+    assert [roles.peer_of(rank) for rank in range(8)] == [1, 1, 1, 1, 2, 2, 2, 1]
+    assert [roles.role_rank(rank) for rank in range(8)] == [0, 1, 2, 0, 0, 1, 2, 1]
+    assert (roles.world_of(5), roles.run_ranks(5), roles.world_name(5)) == ((4, 5, 6), (4, 5, 6), "peer2")
+    assert (roles.world_of(7), roles.run_ranks(7), roles.world_name(7)) == ((3, 7), (0, 1, 2, 3, 7), "teachers")
+    assert roles.run_ranks(1) == roles.run_ranks(7)
+    asked = [roles.teachers_of(rank) for rank in roles.student_ranks]
+    assert asked == [(3,), (3,), (7,)] * 2
+    assert roles.partners_of(1) == {2: 5}
 
 
 def test_one_network_is_trained_by_all_students_and_its_run_is_everybody_s():

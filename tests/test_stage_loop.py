@@ -156,9 +156,9 @@ class Recorder:
     bad_in: tuple[int, ...] = ()
     settled: list[int] = field(default_factory=list)
 
-    def wishes(self) -> tuple[bool, bool]:
+    def wishes(self, *, give_up: bool) -> tuple[bool, bool, bool]:
         self.step += 1
-        return self.step in self.save_after, self.step == self.stop_after
+        return give_up, self.step in self.save_after, self.step == self.stop_after
 
     def num_bad_samples(self) -> int:
         return 3 if self.step in self.bad_in else 0

@@ -11,6 +11,7 @@ MAY_DIFFER = frozenset(
         "teacher_ranks",
         "teacher_placement",
         "cohort_placement",
+        "block_groups",
         "deepspeed_config",
         "micro_batch_size",
         "num_workers",
@@ -18,7 +19,6 @@ MAY_DIFFER = frozenset(
         "name",
     )
     + ("tracking_uri", "experiment", "resume", "resume_or_start", "prefetch", "network_interface", "toy", "dry_run")
-    + ("cohort_placement",)
     + ("checkpoint_every", "grace", "stall_timeout", "teacher_timeout", "share_teacher_pass", "index_dir")
     + ("allow_pipe_urls", "cache_dir", "cache_gib", "on_bad_sample", "max_bad_frac", "allow_untrained_teacher")
     + ("train_shards", "val_shards", "test_shards", "train_keys", "teacher_checkpoint", "student_checkpoint", "seed")

@@ -52,8 +52,9 @@ class Job:
         return self.world.rank == self.run_ranks[0]
 
     def named(self, line: str) -> str:
-        """An error line that says which peer it is of, where there are several."""
-        return line if self.roles.num_peers == 1 else f"peer {self.peer}: {line}"
+        """An error line that says which peer it is of, where there are several; teachers are everybody's."""
+        is_alone = self.roles.num_peers == 1 or self.role == "teacher"
+        return line if is_alone else f"peer {self.peer}: {line}"
 
     @property
     def role(self) -> Role:

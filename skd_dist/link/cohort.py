@@ -1,4 +1,4 @@
-"""The way between ranks that train different peers on the same batches: each micro-batch they swap logits.
+"""The way between ranks that train different peers on the same batches: each micro-batch those of a cohort swap logits.
 
     rank r of peer 1 ── Logits, payload ─▶ rank r of peer 2      (and each pair of peers likewise)
                      ◀─ Logits, payload ──
@@ -51,7 +51,7 @@ class CohortLink:
     Args:
         own_peer: number of the peer that this rank trains, from 1.
         partners: one of every other peer.
-        board: of all ranks of all peers.
+        board: of all students of all peers.
         ages: signs of life, by global rank.
         device: where the logits of the others are wanted.
         timeout: how long a partner may give no sign of life.
@@ -177,10 +177,23 @@ def open_cohort_link(job: Job, *, run_key: str, timeout: timedelta) -> CohortLin
     return CohortLink(
         own_peer=own,
         partners=[Partner(peer, other, connections[other]) for peer, other in ranks.items()],
-        board=job.board,
+        board=_board_of_students(job, run_key),
         ages=PeerAges(job.store),
         device=job.device,
         timeout=timeout,
+    )
+
+
+def _board_of_students(job: Job, run_key: str) -> Blackboard:
+    """Teachers do not come to points of agreement of the students."""
+    students = job.roles.student_ranks
+    return Blackboard(
+        job.store,
+        rank=students.index(job.world.rank),
+        world_size=len(students),
+        timeout=job.timeout,
+        name=f"cohort/{run_key}/board",
+        global_ranks=students,
     )
 
 

@@ -1,7 +1,8 @@
 """The teacher's end of the link: one thread that answers whole requests, one after another.
 
 It sleeps in the kernel until a student says something, so that in stages that need no teacher it costs no core. It
-holds no state of the run: an answer is a function of its request, and requests of different students are never merged.
+holds no state of the run: an answer is a function of its request. Requests of different students are never merged; what
+several peers ask about the same images may come from one pass (`shared_answers`).
 A payload is received only once it has been posted, so a student that is busy elsewhere never holds up the others.
 
 A model that can be lost is brought back here. What was not answered is forgotten, and each student asks again, this
@@ -29,6 +30,7 @@ from skd_dist.link.channel import accept_ranks
 from skd_dist.link.inline import AnswerRequest, AttackRequest, no_attack
 from skd_dist.link.layout import describe
 from skd_dist.link.peer import check_alive
+from skd_dist.link.shared_answers import SharedAnswers
 from skd_dist.link.transport import MakeTransport, choose_transport
 from skd_dist.link.wire import Bye, Failure, Message, Noted, Request, Sent, receive, send
 
@@ -75,6 +77,7 @@ def serve(
     run_key: str,
     timeout: timedelta,
     attack: AttackRequest = no_attack,
+    shared: SharedAnswers | None = None,
     revive: Callable[[], None] = cannot_be_lost,
     on_event: OnEvent = tell_nobody,
     make_transport: MakeTransport = choose_transport,
@@ -87,6 +90,7 @@ def serve(
         run_key: as the students' `RemoteLink` of this run.
         timeout: for meeting the students, for one payload, and for a student without a sign of life.
         attack: of the same teacher, where the plan needs it; raises the same.
+        shared: of the same teacher, where students of several peers ask about the same images.
         revive: brings the model back, however long that takes.
         on_event: told `lost` and `back`, with details.
 
@@ -103,7 +107,7 @@ def serve(
         Asker(rank=student, connection=connection, transport=make_transport(job, student, run_key), timeout=timeout)
         for student, connection in connections.items()
     ]
-    return _Server(job, answer, attack, askers, timeout, revive, on_event).run()
+    return _Server(job, answer, attack, shared, askers, timeout, revive, on_event).run()
 
 
 class _Server:
@@ -112,6 +116,7 @@ class _Server:
         job: Job,
         answer: AnswerRequest,
         attack: AttackRequest,
+        shared: SharedAnswers | None,
         askers: list[Asker],
         timeout: timedelta,
         revive: Callable[[], None],
@@ -120,6 +125,7 @@ class _Server:
         self._device = job.device
         self._answer_request = answer
         self._attack_request = attack
+        self._shared = shared
         self._revive = revive
         self._on_event = on_event
         self._timeout = timeout
@@ -182,7 +188,7 @@ class _Server:
             payload = asker.payload_of(request)
         started = time.perf_counter()
         try:
-            outputs = self._do(request, payload)
+            outputs = self._do(asker.rank, request, payload)
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)  # so that busy_s is the work, not its launch
             specs = tuple(describe(name, outputs[name]) for name in request.outputs)
@@ -202,9 +208,11 @@ class _Server:
         self._num_bytes += request.num_bytes + sum(spec.num_bytes for spec in specs)
         self._busy_s += busy_s
 
-    def _do(self, request: Request, payload: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def _do(self, rank: int, request: Request, payload: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         if request.work == "attack":
             return self._attack_request(payload["images"], Attack.from_tensors(payload, seed=request.seed))
+        if self._shared is not None:
+            return self._shared.answer(rank, request.request_id, payload["images"], request.outputs)
         return self._answer_request(payload["images"], request.outputs)
 
     def _bring_back(self, how: str) -> None:
