@@ -136,9 +136,12 @@ def _note_saved(side: StudentSide, stage: StageSpec, step: int, seconds: float) 
 
 
 def _process_seed(side: StudentSide, stage: StageSpec, *more: int) -> int:
-    """Peers draw apart, as they would from one random state in one engine; what they draw there is another thing."""
+    """Networks of a cohort draw apart, as from one random state in one engine; what they draw there is another thing.
+
+    Groups that train blocks of one student draw alike: they train its head alike too.
+    """
     peer = side.prepared.peer
-    of_peer = () if peer is None or peer.number == 1 else (b"peer", peer.number)
+    of_peer = () if peer is None or peer.number == 1 or peer.blocks else (b"peer", peer.number)
     return derive_seed("process", side.prepared.config.seed, stage.index, side.student_rank, *more, *of_peer)
 
 

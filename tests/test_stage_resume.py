@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from skd_dist.errors import UserError
+from skd_dist.prepare import Peer
 from skd_dist.progress import StageProgress
 from skd_dist.stage_resume import MAY_DIFFER, OTHER_MACHINE_REL_TOL, begin, check_belongs, differences, start_state
 from skd_dist.stage_side import FoundPoint
@@ -130,6 +131,23 @@ def test_another_micro_batch_alone_needs_no_conversion() -> None:
     side, checkpointer = begun(changed("identity", micro_batch_size=6))
     assert checkpointer.way == "as many"
     assert side.heard[0] == "not bit for bit: micro_batch_size was 12, is 6"
+
+
+def first_seed(peer: Peer | None) -> int:
+    """Of the process, where a stage begins at its first step."""
+    side: Any = Side(point=None)
+    side.prepared.peer = peer
+    begin(side, STAGE, Restores(RECORD))  # type: ignore[arg-type]
+    return torch.initial_seed()
+
+
+def test_networks_of_a_cohort_draw_apart_and_groups_of_one_student_alike() -> None:
+    def peer(number: int, **blocks: Any) -> Peer:
+        return Peer(number=number, run_dir=Path("R"), initial_seed=3, **blocks)
+
+    blocks = {"blocks": (("stem",), ("stage1",))}
+    assert len({first_seed(peer(number)) for number in (1, 2, 3)}) == 3
+    assert {first_seed(peer(number, **blocks)) for number in (1, 2)} == {first_seed(None)} == {first_seed(peer(1))}
 
 
 def side_at(path: Path, *, stage_index: int = 1) -> Any:
