@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,9 @@ from skd_dist.plan import StagePlan, check_plan
 from skd_dist.teacher_members import check_ensemble, members_of
 
 Matching = tuple[tuple[tuple[str, ...], str], ...]
+
+_cut_once = cache(cut_model)
+"""The runs of a launch name few networks, and looking at one takes a good part of a second."""
 
 DIGITS = "digits:"
 """Prefix of the embedded data set's splits in shard flags."""
@@ -143,9 +146,9 @@ def prepare_models(config: RunConfig) -> Models:
     Raises:
         UserError: an unknown model, one that cannot be cut, or groups that cannot be matched.
     """
-    student = cut_model(config.student, num_classes=config.num_classes, image_size=config.image_size)
+    student = _cut_once(config.student, num_classes=config.num_classes, image_size=config.image_size)
     teachers = tuple(
-        cut_model(member.name, num_classes=config.num_classes, image_size=config.image_size)
+        _cut_once(member.name, num_classes=config.num_classes, image_size=config.image_size)
         for member in members_of(config)
     )
     if not teachers:
