@@ -17,7 +17,7 @@ from skd_dist.errors import UserError
 from skd_dist.models.cost import group_costs
 from skd_dist.models.cut import ModelCut
 from skd_dist.plan import StageSpec
-from skd_dist.prepare import Peer, Prepared
+from skd_dist.prepare import Peer, Prepared, SplitStage
 
 Block = tuple[str, ...]
 """Student groups up to and with one tap, from behind the tap before it."""
@@ -41,9 +41,9 @@ def take_blocks(prepared: Prepared, own: RunConfig, number: int) -> Prepared:
     fed = [stage for stage in plan.stages if stage.feeds]
     if len(fed) != 1:
         raise UserError(
-            "--block-groups needs a stage that the teacher feeds",
-            got=f"--method {config.method}",
-            do="give --method skd --method-options input_from=teacher",
+            "--block-groups splits one stage that the teacher feeds",
+            got=f"{len(fed)} such stages in the plan of {config.method}",
+            do="give --block-groups 1, or another method or networks",
         )
     (whole,) = fed
     parts = split_blocks(whole, cut, config.block_groups)
@@ -58,8 +58,7 @@ def take_blocks(prepared: Prepared, own: RunConfig, number: int) -> Prepared:
             number=number,
             run_dir=config.run_dir,
             initial_seed=config.seed,
-            blocks=tuple(take_taps(whole, taps).trains for taps in parts),
-            asked_together=whole.teacher_outputs,
+            split=SplitStage(whole=whole, trains=tuple(take_taps(whole, taps).trains for taps in parts)),
         ),
     )
 
@@ -98,7 +97,8 @@ def fairest_split(costs: Sequence[float], num_parts: int) -> list[range]:
         num_parts: at most as many as blocks.
     """
     ways = ((0, *inner, len(costs)) for inner in combinations(range(1, len(costs)), num_parts - 1))
-    best = min(ways, key=lambda ends: max(_part_cost(costs, *pair) for pair in pairwise(ends)))
+    # The dearest part, then the next: where one block alone decides, the others are still shared evenly.
+    best = min(ways, key=lambda ends: sorted((_part_cost(costs, *pair) for pair in pairwise(ends)), reverse=True))
     return [range(*pair) for pair in pairwise(best)]
 
 

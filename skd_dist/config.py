@@ -23,8 +23,8 @@ from skd_dist.roles import Placement
 from skd_dist.teacher import TeacherDtype
 
 MAY_CHANGE_ON_RESUME = frozenset(
-    ("teacher_ranks", "teacher_placement", "cohort_placement", "block_groups", "deepspeed_config", "micro_batch_size")
-    + ("num_workers", "run_dir")
+    ("teacher_ranks", "teacher_placement", "cohort_placement", "deepspeed_config", "micro_batch_size", "num_workers")
+    + ("run_dir",)
     + ("tracking_uri", "experiment", "resume", "prefetch", "network_interface", "toy", "dry_run", "name")
     + ("resume_or_start", "checkpoint_every", "grace", "stall_timeout", "teacher_timeout")
     + ("share_teacher_pass", "index_dir", "allow_pipe_urls", "cache_dir", "cache_gib", "on_bad_sample", "max_bad_frac")
@@ -79,7 +79,7 @@ class RunConfig:
     cohort_placement: Literal["engine", "ranks"] = "engine"
     """Peers of dml: all in one engine, or each on ranks of its own, which exchange logits at every micro-step."""
     block_groups: int = 1
-    """Groups of student ranks among which input_from=teacher splits the student's stages; one pass serves all."""
+    """Groups of student ranks among which input_from=teacher splits the student's stages; a teacher rank serves all."""
     teacher_dtype: TeacherDtype = "auto"
     """auto: fp16 on CUDA, bf16 on a CPU that has it in hardware, else fp32."""
     deepspeed_config: str = "auto"

@@ -90,6 +90,12 @@ def check_config(config: RunConfig) -> None:
     _check_range("--block-groups", config.block_groups, low=1)
     if config.cohort_placement == "ranks":
         _check_cohort_on_ranks(config)
+    if config.block_groups > 1 and not find_method(config.method, config.method_options).feeds_student:
+        raise UserError(
+            "--block-groups needs a method whose stages the teacher feeds",
+            got=f"--method {config.method}",
+            do="give --method skd --method-options input_from=teacher",
+        )
     if num_peers(config) > 1:
         _check_peers(config)
     parse_duration(config.stage_duration)

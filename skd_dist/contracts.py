@@ -127,6 +127,11 @@ class Method(Protocol):
         ...
 
     @property
+    def feeds_student(self) -> bool:
+        """Whether in a stage of its plans the teacher's features go into the student, so that its parts are apart."""
+        ...
+
+    @property
     def learns_from_exits(self) -> bool:
         """Whether its plans ask for exits of the teacher, which must have been trained with them."""
         ...

@@ -16,7 +16,7 @@ from skd_dist.models.cut import HEAD, ModelCut
 from skd_dist.models.exits import EXITS, group_of, is_exit
 from skd_dist.peers import take_part
 from skd_dist.plan import LOGITS, StageSpec
-from skd_dist.prepare import Peer, Prepared, prepare_run, unpack_embedded_data, uses_embedded_data
+from skd_dist.prepare import Prepared, SplitStage, prepare_run, unpack_embedded_data, uses_embedded_data
 from skd_dist.roles import RoleMap, World
 from skd_dist.runner import roles_of
 from skd_dist.trial import try_stages
@@ -35,8 +35,8 @@ def _describe(config: RunConfig, roles: RoleMap, world: World) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         prepared = _prepare_without_traces(config, roles, Path(scratch))
     parts = [_header(prepared), _roles(roles, world), _matching(prepared), _stages(prepared)]
-    if prepared.peer is not None and prepared.peer.blocks:
-        parts.append(_blocks(prepared.peer))
+    if prepared.peer is not None and prepared.peer.split is not None:
+        parts.append(_blocks(prepared.peer.split))
     if prepared.method.companion_file == EXITS:
         parts.append(_exits(prepared.models.student))
     return "\n".join(parts)
@@ -79,9 +79,9 @@ def _roles(roles: RoleMap, world: World) -> str:
     return "\n".join(lines)
 
 
-def _blocks(peer: Peer) -> str:
-    trained = (f"  peer {number}: {', '.join(groups)}" for number, groups in enumerate(peer.blocks, start=1))
-    return "\n".join(["blocks that each peer trains; the plan above is the first's", *trained])
+def _blocks(split: SplitStage) -> str:
+    trained = (f"  peer {number}: {', '.join(groups)}" for number, groups in enumerate(split.trains, start=1))
+    return "\n".join([f"stage {split.whole.name} is split; the plan above is the first peer's", *trained])
 
 
 def _matching(prepared: Prepared) -> str:

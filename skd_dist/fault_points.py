@@ -11,7 +11,7 @@ from collections import Counter
 
 VARIABLE = "SKD_FAULT"
 
-PLACES = (
+PUBLISH_PLACES = (
     "publish/engine-file",
     "publish/part",
     "publish/synced",
@@ -21,7 +21,10 @@ PLACES = (
     "publish/latest",
     "publish/purge",
 )
-"""All there are, in the order in which a publish comes by; they are in `resume_point.py`."""
+"""In `resume_point.py`, in the order in which a publish comes by."""
+
+PLACES = (*PUBLISH_PLACES, "join/written", "join/read")
+"""All there are; the others are in `block_join.py`."""
 
 _reached: Counter[str] = Counter()
 

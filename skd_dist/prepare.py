@@ -25,7 +25,7 @@ from skd_dist.errors import UserError
 from skd_dist.methods import find_method
 from skd_dist.models.cut import ModelCut, cut_model
 from skd_dist.models.matching import match_groups
-from skd_dist.plan import StagePlan, check_plan
+from skd_dist.plan import StagePlan, StageSpec, check_plan
 from skd_dist.teacher_members import check_ensemble, members_of
 
 Matching = tuple[tuple[tuple[str, ...], str], ...]
@@ -90,6 +90,16 @@ class Splits:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SplitStage:
+    """A stage whose blocks several peers train (`block_groups`)."""
+
+    whole: StageSpec
+    """As one group of ranks would train it."""
+    trains: tuple[tuple[str, ...], ...]
+    """Student groups, by peer."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Peer:
     """Which part of a whole a run is, where peers have ranks and run directories of their own (`peers`)."""
 
@@ -99,10 +109,8 @@ class Peer:
     """Of the whole, and of peer 1."""
     initial_seed: int
     """Of this peer's initial weights."""
-    blocks: tuple[tuple[str, ...], ...] = ()
-    """Student groups that each peer trains while the teacher feeds it, where peers are blocks of one student."""
-    asked_together: tuple[str, ...] = ()
-    """Teacher outputs that the peers ask for in that stage, all of the same images."""
+    split: SplitStage | None = None
+    """Where peers train blocks of one student."""
 
 
 @dataclass(frozen=True, kw_only=True)

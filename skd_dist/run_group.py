@@ -134,6 +134,8 @@ def run_group(
 def _claim(config: RunConfig, job: Job, key: str, guards: Guards) -> Prepared:
     """Make the directory of a run this job's, and prepare the run."""
     own = peer_config(config, job.peer)
+    if config.block_groups > 1:  # peers will read each other's files
+        check_shared_directory(job, config.run_dir, first=0)
     check_shared_directory(job, own.run_dir)
     lock_directory(job, own, key, guards.emergency)
     return prepare_together(job, config, key)

@@ -39,7 +39,7 @@ def identity_of(prepared: Prepared, *, teacher_digest: str | None, arithmetic: M
         **method_identity(prepared.method),
         "student": config.student,
         "cohort_placement": config.cohort_placement,
-        **({"block_groups": config.block_groups} if config.block_groups > 1 else {}),
+        "block_groups": config.block_groups,
         "teacher": config.teacher,
         "teacher_digest": teacher_digest,
         "teacher_dtype": config.teacher_dtype,
@@ -98,6 +98,7 @@ def open_run_directory(prepared: Prepared, *, teacher_digest: str | None, arithm
             raise UserError(f"--resume: no run in {config.run_dir}", do="start it without --resume")
         return _claim(path, prepared, identity)
     found = json.loads(path.read_text())
+    found["identity"].setdefault("block_groups", 1)  # what there was before the flag
     if not (config.resume or config.resume_or_start):
         raise UserError(
             f"{config.run_dir} already holds a run", do="give --resume to continue it, or another --run-dir"

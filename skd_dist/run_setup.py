@@ -93,15 +93,22 @@ def prepare_together(job: Job, config: RunConfig, key: str) -> Prepared:
             try_stages(prepared)
     with agreed(job, f"{key}/prepare"):
         prepared = prepared or prepare_run(config, num_students=num_students)
-        if job.roles.num_peers > 1:
-            prepared = take_part(prepared, job.peer)
+        part = take_part(prepared, job.peer) if job.roles.num_peers > 1 else prepared
     everybody = range(job.world.world_size)
     identity = " ".join(f"{name} {value}" for name, value in method_identity(prepared.method).items())
-    _check_same(job, f"{key}/method", hashlib.sha256(identity.encode()).hexdigest(), what="method", ranks=job.run_ranks)
-    _check_same(job, f"{key}/plan", prepared.plan.digest(), what="plan", ranks=job.run_ranks)
+    _check_same(job, f"{key}/method", hashlib.sha256(identity.encode()).hexdigest(), what="method", ranks=everybody)
+    _check_same(job, f"{key}/plan", prepared.plan.digest(), what="plan", ranks=everybody)
+    _check_same(job, f"{key}/part", part.plan.digest(), what="part of the plan", ranks=job.run_ranks)
     _check_same(job, f"{key}/samples", prepared.splits.digest, what="choice of training samples", ranks=everybody)
     _check_same(job, f"{key}/rest", prepared.splits.rest_digest, what="view of the shards", ranks=everybody)
-    return prepared
+    _check_same(job, f"{key}/split", _split_digest(part), what="split of the student", ranks=everybody)
+    return part
+
+
+def _split_digest(part: Prepared) -> str:
+    """Peers that take blocks of one student must leave none out; the split follows from counts of torch and timm."""
+    split = part.peer.split if part.peer else None
+    return hashlib.sha256(repr(split.trains if split else ()).encode()).hexdigest()
 
 
 def _check_same(job: Job, point: str, digest: str, *, what: str, ranks: Sequence[int]) -> None:

@@ -141,7 +141,7 @@ def _process_seed(side: StudentSide, stage: StageSpec, *more: int) -> int:
     Groups that train blocks of one student draw alike: they train its head alike too.
     """
     peer = side.prepared.peer
-    of_peer = () if peer is None or peer.number == 1 or peer.blocks else (b"peer", peer.number)
+    of_peer = () if peer is None or peer.number == 1 or peer.split else (b"peer", peer.number)
     return derive_seed("process", side.prepared.config.seed, stage.index, side.student_rank, *more, *of_peer)
 
 

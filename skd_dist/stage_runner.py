@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from skd_dist import __version__
-from skd_dist.block_join import join_blocks
+from skd_dist.block_join import join_blocks, split_of
 from skd_dist.checkpoint import Companion, write_stage_result
 from skd_dist.engines import make_engine
 from skd_dist.evaluate import AfterBatch, evaluate_stage
@@ -105,8 +105,8 @@ def train_stage(side: StudentSide, stage: StageSpec, state: State) -> Turns[Stag
     assert chosen is not None
     report = progress.averaged()
     check_frozen(side, stage, before=state, after=student_part(chosen))
-    joined, values = join_blocks(side, stage, student_part(chosen), chosen_values)
-    entry = _summary_entry(stage, report, values, num_images=stage.num_steps * shape.global_batch_size)
+    entry = _summary_entry(stage, report, chosen_values, num_images=stage.num_steps * shape.global_batch_size)
+    joined, entry = join_blocks(side, stage, student_part(chosen), entry)
     result = StageResult(state=joined, entry=entry, companion=_companion(side, chosen))
     _publish(side, stage, result)
     side.display.end_stage({**report.last_values, **chosen_values, **_overall_rates(entry)})
@@ -234,11 +234,12 @@ def _publish(side: StudentSide, stage: StageSpec, result: StageResult) -> None:
 
 
 def _write_result(side: StudentSide, stage: StageSpec, result: StageResult) -> None:
+    split = split_of(side, stage)
     write_stage_result(
         side.stage_directory(stage),
         result.state,
         {
-            "stage": {"index": stage.index, "name": stage.name, **_stage_params(stage)},
+            "stage": {"index": stage.index, "name": stage.name, **_stage_params(split.whole if split else stage)},
             "plan_digest": side.prepared.plan.digest(),
             "data_digest": side.prepared.splits.digest,
             "teacher_digest": side.teacher_digest,

@@ -174,11 +174,11 @@ def serve_teacher(job: Job, teacher: Teacher | None, key: str, run: Prepared) ->
 
 def share_answers(roles: RoleMap, answer: AnswerRequest, run: Prepared) -> SharedAnswers | None:
     """One pass for the students of several peers that see the same images; None where no peers ask together."""
-    if run.peer is None or not run.peer.asked_together:
+    if run.peer is None or run.peer.split is None:
         return None
     return SharedAnswers(
         answer,
-        together=run.peer.asked_together,
+        together=run.peer.split.whole.teacher_outputs,
         partners=[{rank, *roles.partners_of(rank).values()} for rank in roles.world_of(0)],
         # As far as one peer may be ahead of another: what it asks ahead, and a step.
         limit=roles.num_students * (run.config.prefetch + run.shape.grad_accum_steps + 1),

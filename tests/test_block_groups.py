@@ -15,7 +15,7 @@ from skd_dist.errors import UserError
 from skd_dist.methods import find_method
 from skd_dist.peers import peer_config, take_part
 from skd_dist.plan import StageSpec
-from skd_dist.prepare import Prepared, prepare_models, write_plan
+from skd_dist.prepare import Prepared, SplitStage, prepare_models, write_plan
 from skd_dist.roles import World
 from skd_dist.runner import check_runs, roles_of
 
@@ -66,9 +66,10 @@ def test_every_block_has_one_group_and_is_fed_as_in_one_group(num_groups: int) -
     for stage in stages:
         first, last = TAPS.index(stage.taps[0].student), TAPS.index(stage.taps[-1].student)
         assert feeds_of(stage) == list(TAPS[max(0, first - 1) : last])
-    peers = [part.peer for part in parts]
-    assert all(peer and peer.blocks == tuple(stage.trains for stage in stages) for peer in peers)
-    assert all(peer and set(stage.teacher_outputs) <= set(peer.asked_together) for peer in peers for stage in stages)
+    splits = [part.peer.split for part in parts if part.peer]
+    assert (
+        splits == [SplitStage(whole=whole.plan.stages[0], trains=tuple(stage.trains for stage in stages))] * num_groups
+    )
 
 
 def test_each_group_is_a_run_of_the_same_student() -> None:
@@ -87,6 +88,7 @@ def test_each_group_is_a_run_of_the_same_student() -> None:
         ([1, 1, 1, 1], 4, [range(1), range(1, 2), range(2, 3), range(3, 4)]),
         ([1, 1, 1, 1], 2, [range(2), range(2, 4)]),
         ([6, 1, 1, 1], 2, [range(1), range(1, 4)]),
+        ([1, 5, 5, 9, 2], 4, [range(2), range(2, 3), range(3, 4), range(4, 5)]),  # one block decides: the rest is even
         ([3, 3, 3, 3], 3, [range(2), range(2, 3), range(3, 4)]),  # what comes before is run: the last is the dearest
     ],
 )
@@ -113,8 +115,8 @@ def test_one_part_is_the_stage() -> None:
     [
         (
             {"method_options": ""},
-            "--block-groups needs a stage that the teacher feeds; got --method skd; "
-            "give --method skd --method-options input_from=teacher",
+            "--block-groups splits one stage that the teacher feeds; got 0 such stages in the plan of skd; "
+            "give --block-groups 1, or another method or networks",
         ),
         (
             {"block_groups": 6},
@@ -138,6 +140,11 @@ def test_a_stage_that_compares_more_than_its_features_is_refused() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (
+            {"method_options": ""},
+            "--block-groups needs a method whose stages the teacher feeds; got --method skd; "
+            "give --method skd --method-options input_from=teacher",
+        ),
         ({"block_groups": 0}, "--block-groups cannot be used; got 0; expected 1 or more"),
         ({"share_teacher_pass": True}, "--block-groups and --share-teacher-pass exclude each other; leave one of them"),
         ({"on_bad_sample": "quarantine"}, "--block-groups and --on-bad-sample quarantine exclude each other"),

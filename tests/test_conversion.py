@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 
 from skd_dist import conversion as subject
 from skd_dist.conversion import STUDENTS, conversion_path, convert
-from skd_dist.fault_points import PLACES, VARIABLE
+from skd_dist.fault_points import PUBLISH_PLACES, VARIABLE
 from skd_dist.progress import StageProgress
 from skd_dist.resume_point import Part, commit, newest_sound, start_writing, verify, write_part
 
-IN_A_CONVERSION = [place for place in PLACES if place != "publish/purge"]
+IN_A_CONVERSION = [place for place in PUBLISH_PLACES if place != "publish/purge"]
 """There is nothing to purge."""
 
 

@@ -214,8 +214,8 @@ def test_an_edited_file_is_another_method_at_once(mine: Path) -> None:
         (
             "a.py:Mine",
             "class Mine:\n    name = 'mine'\n    def loss(self): ...",
-            r"^\S+a\.py:Mine is no method; got no needs_teacher, learns_from_exits, compares_samples, "
-            "companion_file, plan, companion, predictions; derive it from",
+            r"^\S+a\.py:Mine is no method; got no needs_teacher, feeds_student, learns_from_exits, "
+            "compares_samples, companion_file, plan, companion, predictions; derive it from",
         ),
         (
             "a.py:Mine",

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from skd_dist.fault_points import PLACES, VARIABLE
+from skd_dist.fault_points import PUBLISH_PLACES, VARIABLE
 from skd_dist.resume_point import (
     LATEST,
     BrokenError,
@@ -25,7 +25,7 @@ from skd_dist.resume_point import (
     write_part,
 )
 
-EXISTS_FROM = PLACES.index("publish/renamed")
+EXISTS_FROM = PUBLISH_PLACES.index("publish/renamed")
 
 
 def publish(root: Path, step: int) -> Path:
@@ -64,7 +64,7 @@ def test_the_newest_is_found_and_two_are_kept(tmp_path: Path) -> None:
     assert not tmp_path.exists()
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", PUBLISH_PLACES)
 def test_killed_anywhere_in_a_publish(tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     root = tmp_path / "stage"
     publish(root, 10)
@@ -76,8 +76,8 @@ def test_killed_anywhere_in_a_publish(tmp_path: Path, place: str, monkeypatch: p
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     monkeypatch.delenv(VARIABLE)
-    assert newest(root) == (30 if PLACES.index(place) >= EXISTS_FROM else 20, [])
-    publish(root, 30 if PLACES.index(place) < EXISTS_FROM else 40)
+    assert newest(root) == (30 if PUBLISH_PLACES.index(place) >= EXISTS_FROM else 20, [])
+    publish(root, 30 if PUBLISH_PLACES.index(place) < EXISTS_FROM else 40)
     assert [name for name in names(root) if name.startswith(".")] == []
     assert len([name for name in names(root) if name.isdecimal()]) == 2
 

@@ -52,6 +52,7 @@ KNOWN_OTHERWISE = {
     "test_shards": "measured once, after the last stage",
     "engine": "by the resume point, inside a stage",
     "method_options": "by every hyper-parameter of the method, see the test of its own",
+    "block_groups": "by its name, see the test of its own: few methods take it",
     "val_holdout": "by both data digests, see the test of its own",
 }
 
@@ -144,6 +145,18 @@ def test_an_initial_checkpoint_is_known_by_its_content(tmp_path: Path) -> None:
         open_as(dataclasses.replace(again, student_checkpoint=str(tmp_path / "c.pt")))
     with pytest.raises(UserError, match=r"initial checkpoint not found; got .*/d\.pt; expected a file, or pretrained$"):
         open_as(dataclasses.replace(again, student_checkpoint=str(tmp_path / "d.pt")))
+
+
+def test_groups_of_blocks_are_named_and_runs_from_before_had_one(tmp_path: Path) -> None:
+    begun = dataclasses.replace(config(tmp_path), method_options="input_from=teacher")
+    key, again = open_as(begun), dataclasses.replace(begun, resume=True)
+    path = begun.run_dir / "config.json"
+    record = json.loads(path.read_text())
+    assert record["identity"].pop("block_groups") == 1
+    path.write_text(json.dumps(record))
+    assert open_as(again) == key
+    with pytest.raises(UserError, match=r"got block_groups 1 -> 2; give the flags of that run"):
+        open_as(dataclasses.replace(again, block_groups=2))
 
 
 def test_a_holdout_is_known_by_what_it_holds(tmp_path: Path) -> None:

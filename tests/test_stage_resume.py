@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from skd_dist.errors import UserError
-from skd_dist.prepare import Peer
+from skd_dist.prepare import Peer, SplitStage
 from skd_dist.progress import StageProgress
 from skd_dist.stage_resume import MAY_DIFFER, OTHER_MACHINE_REL_TOL, begin, check_belongs, differences, start_state
 from skd_dist.stage_side import FoundPoint
@@ -145,7 +145,7 @@ def test_networks_of_a_cohort_draw_apart_and_groups_of_one_student_alike() -> No
     def peer(number: int, **blocks: Any) -> Peer:
         return Peer(number=number, run_dir=Path("R"), initial_seed=3, **blocks)
 
-    blocks = {"blocks": (("stem",), ("stage1",))}
+    blocks = {"split": SplitStage(whole=STAGE, trains=(("stem",), ("stage1",)))}
     assert len({first_seed(peer(number)) for number in (1, 2, 3)}) == 3
     assert {first_seed(peer(number, **blocks)) for number in (1, 2)} == {first_seed(None)} == {first_seed(peer(1))}
 

@@ -32,7 +32,7 @@ from chaos_launch import (
 )
 from chaos_server import Mood, tracking_server
 
-from skd_dist.fault_points import PLACES
+from skd_dist.fault_points import PUBLISH_PLACES
 from skd_dist.resume_point import BrokenError, verify
 from skd_dist.tracking import JOURNAL_FILE
 from skd_dist.tracking.replica import FILE as REPLICA_FILE
@@ -80,7 +80,7 @@ def preempt(scene: Scene) -> Record:
 
 def kill_in_publish(scene: Scene) -> Record:
     """SIGKILL inside the writing of a resume point."""
-    fault = f"{scene.dice.choice(PLACES)}:{scene.dice.randint(1, 4)}"
+    fault = f"{scene.dice.choice(PUBLISH_PLACES)}:{scene.dice.randint(1, 4)}"
     with scene.launch(fault=fault) as launch:
         if not launch.trains():
             return {"done": "finished first"}

@@ -11,7 +11,6 @@ MAY_DIFFER = frozenset(
         "teacher_ranks",
         "teacher_placement",
         "cohort_placement",
-        "block_groups",
         "deepspeed_config",
         "micro_batch_size",
         "num_workers",

@@ -81,24 +81,28 @@ def broadcast_text(job: Job, point: str, text: str | None) -> str:
     return job.board.gather(point, text or "")[job.run_ranks[0]]
 
 
-def check_shared_directory(job: Job, run_dir: Path) -> None:
-    """Make the run directory on the first rank of the run and see that it is one and the same for all its ranks.
+def check_shared_directory(job: Job, run_dir: Path, *, first: int | None = None) -> None:
+    """Make a directory on one rank, and see that it is one and the same for all that give it.
 
     The first writes a token that the others must find; it is removed again, and so is a directory that was made for it
     if the check fails.
 
+    Args:
+        run_dir: of a run; ranks of several may come with one each.
+        first: the rank that writes there; default: the one that writes the files of its run.
+
     Raises:
         JobEnded: some rank sees another directory, or the first cannot write there.
     """
-    rank, first = job.world.rank, job.run_ranks[0]
-    made = job.writes and not run_dir.exists()
+    rank, first = job.world.rank, job.run_ranks[0] if first is None else first
+    made = rank == first and not run_dir.exists()
     token, error = "", None
-    if job.writes:
+    if rank == first:
         token = f".shared-{secrets.token_hex(8)}"
         error = _write_token(run_dir, token)
-    token = broadcast_text(job, "token of the run directory", token if job.writes else None)
+    token = job.board.gather("token of the run directory", token)[first]
     agree(job, "run directory writable", error)
-    if not _appears(run_dir / token):
+    if not appears(run_dir / token):
         error = UserError(
             f"run directory is not shared: rank {rank} does not see what rank {first} wrote",
             got=run_dir.absolute(),
@@ -110,7 +114,7 @@ def check_shared_directory(job: Job, run_dir: Path) -> None:
         agree(job, "run directory shared", error)
         shared = True
     finally:
-        if job.writes:
+        if rank == first:
             (run_dir / token).unlink()
             if made and not shared:
                 run_dir.rmdir()
@@ -127,7 +131,8 @@ def _write_token(run_dir: Path, token: str) -> UserError | None:
     return None
 
 
-def _appears(path: Path) -> bool:
+def appears(path: Path) -> bool:
+    """Whether a file that another rank has written is here, or comes soon."""
     deadline = time.monotonic() + _SHARED_WITHIN_S
     while not path.exists():
         if time.monotonic() > deadline:

@@ -49,7 +49,7 @@ class FailureWatch:
         on_failure: called with line and exit code, in a thread, before the process ends; rank 0 closes the tracking run
             here.
         stop: exchanged between the ranks while the watch runs.
-        notices: read on rank 0 while the watch runs.
+        notices: read while the watch runs, on ranks that write the files of a run.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class FailureWatch:
         notices: NoticeReader | None = None,
     ) -> None:
         self._world = job.world
+        self._writes = job.writes
         self._stop = stop
         self._notices = notices
         self._timeout_s = job.timeout.total_seconds()
@@ -106,7 +107,7 @@ class FailureWatch:
                 beat(self._store, self._world.rank)
                 if self._stop is not None:
                     self._stop.exchange(self._store)
-                if self._world.rank == 0 and self._notices is not None:
+                if self._writes and self._notices is not None:
                     self._notices.read(self._store)
                 if self._world.rank == 0:
                     self._judge_silent_ranks()

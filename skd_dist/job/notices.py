@@ -1,4 +1,4 @@
-"""News that any rank may have and rank 0 writes down: a few in a run, posted on the job's store."""
+"""News that any rank may have, for those that write the files of a run: a few in a run, posted on the job's store."""
 
 import json
 import threading
@@ -13,13 +13,13 @@ _COUNT = "notices"
 
 
 def post_notice(store: dist.Store, kind: Kind, data: Mapping[str, Any]) -> None:
-    """Put up one piece of news for rank 0. From any rank and thread."""
+    """Put up one piece of news for whoever reads. From any rank and thread."""
     number = store.add(_COUNT, 1)
     store.set(f"{_COUNT}/{number}", json.dumps([kind, dict(data)]))
 
 
 class NoticeReader:
-    """Rank 0's end. What nobody listens to stays until somebody does."""
+    """The end of a rank that writes. What nobody listens to stays until somebody does."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

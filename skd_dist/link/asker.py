@@ -64,12 +64,21 @@ class Asker:
         return {transfer.spec.name: transfer.wait(self.timeout) for transfer in transfers}
 
     def send_answer(
-        self, request: Request, outputs: dict[str, Tensor], specs: tuple[TensorSpec, ...], *, busy_s: float
+        self,
+        request: Request,
+        outputs: dict[str, Tensor],
+        specs: tuple[TensorSpec, ...],
+        *,
+        num_images: int,
+        busy_s: float,
     ) -> None:
-        """Post an answer, and go on to the next request."""
+        """Post an answer, and go on to the next request.
+
+        Args:
+            num_images: that were computed for it, in `busy_s` seconds.
+        """
         transfers = [self.transport.send(outputs[spec.name], spec) for spec in specs]
         self.unconfirmed[request.request_id] = transfers
-        num_images = request.images.shape[0]
         send(
             self.connection,
             Answer(request_id=request.request_id, outputs=specs, num_images=num_images, busy_s=busy_s),

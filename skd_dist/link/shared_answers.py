@@ -2,12 +2,13 @@
 
 Peers train other blocks on the same batches, and so ask for other features. The first that comes is answered with what
 all of them want, of which it gets its part; the rest waits for the others. Since an answer is a function of its images,
-nobody can tell. Peers are never more than a step apart, so little is kept; what is kept for too long is dropped, and
+nobody can tell. In a stage peers are at most a step apart, so little is kept; what is kept for too long is dropped, and
 computed again if somebody comes for it.
 """
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,14 @@ class _Kept:
     outputs: Mapping[str, Tensor]
     taken_by: set[int] = field(default_factory=set)
     """Student ranks."""
+
+
+class SharedAnswer(NamedTuple):
+    """What one student gets."""
+
+    outputs: Mapping[str, Tensor]
+    is_kept: bool
+    """Whether the pass had been made for another one."""
 
 
 class SharedAnswers:
@@ -42,7 +51,7 @@ class SharedAnswers:
         self._limit = limit
         self._kept: dict[tuple[frozenset[int], int], _Kept] = {}
 
-    def answer(self, rank: int, request_id: int, images: Tensor, outputs: tuple[str, ...]) -> Mapping[str, Tensor]:
+    def answer(self, rank: int, request_id: int, images: Tensor, outputs: tuple[str, ...]) -> SharedAnswer:
         """What one student asks for.
 
         Args:
@@ -52,11 +61,12 @@ class SharedAnswers:
             outputs: names.
         """
         if not set(outputs) <= set(self._together):
-            return self._answer(images, outputs)
+            return SharedAnswer(self._answer(images, outputs), is_kept=False)
         partners = self._partners[rank]
         key = (partners, request_id)
         kept = self._kept.get(key)
-        if kept is None or not torch.equal(kept.images, images):
+        is_kept = kept is not None and torch.equal(kept.images, images)
+        if kept is None or not is_kept:
             kept = _Kept(images, self._answer(images, self._together))
             self._kept[key] = kept
         kept.taken_by.add(rank)
@@ -64,4 +74,4 @@ class SharedAnswers:
             del self._kept[key]
         while len(self._kept) > self._limit:
             del self._kept[next(iter(self._kept))]
-        return {name: kept.outputs[name] for name in outputs}
+        return SharedAnswer({name: kept.outputs[name] for name in outputs}, is_kept=is_kept)

@@ -30,7 +30,7 @@ from skd_dist.link.channel import accept_ranks
 from skd_dist.link.inline import AnswerRequest, AttackRequest, no_attack
 from skd_dist.link.layout import describe
 from skd_dist.link.peer import check_alive
-from skd_dist.link.shared_answers import SharedAnswers
+from skd_dist.link.shared_answers import SharedAnswer, SharedAnswers
 from skd_dist.link.transport import MakeTransport, choose_transport
 from skd_dist.link.wire import Bye, Failure, Message, Noted, Request, Sent, receive, send
 
@@ -64,6 +64,7 @@ class ServeStats:
     num_requests: int
     """Answered."""
     num_images: int
+    """Computed; what several peers ask about counts once."""
     num_bytes: int
     """Images and answers together."""
     busy_s: float
@@ -188,7 +189,7 @@ class _Server:
             payload = asker.payload_of(request)
         started = time.perf_counter()
         try:
-            outputs = self._do(asker.rank, request, payload)
+            outputs, is_kept = self._do(asker.rank, request, payload)
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)  # so that busy_s is the work, not its launch
             specs = tuple(describe(name, outputs[name]) for name in request.outputs)
@@ -202,18 +203,21 @@ class _Server:
             raise
         busy_s = time.perf_counter() - started
         with asker.talking():
-            asker.send_answer(request, dict(outputs), specs, busy_s=busy_s)
+            num_images = 0 if is_kept else request.images.shape[0]
+            asker.send_answer(request, dict(outputs), specs, num_images=num_images, busy_s=busy_s)
         self._num_requests += 1
-        self._num_images += request.images.shape[0]
+        self._num_images += num_images
         self._num_bytes += request.num_bytes + sum(spec.num_bytes for spec in specs)
         self._busy_s += busy_s
 
-    def _do(self, rank: int, request: Request, payload: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def _do(self, rank: int, request: Request, payload: Mapping[str, Tensor]) -> SharedAnswer:
+        images = payload["images"]
         if request.work == "attack":
-            return self._attack_request(payload["images"], Attack.from_tensors(payload, seed=request.seed))
+            attack = Attack.from_tensors(payload, seed=request.seed)
+            return SharedAnswer(self._attack_request(images, attack), is_kept=False)
         if self._shared is not None:
-            return self._shared.answer(rank, request.request_id, payload["images"], request.outputs)
-        return self._answer_request(payload["images"], request.outputs)
+            return self._shared.answer(rank, request.request_id, images, request.outputs)
+        return SharedAnswer(self._answer_request(images, request.outputs), is_kept=False)
 
     def _bring_back(self, how: str) -> None:
         """Forget what was asked, say so at once, so that others can be asked, and return when the model is there."""

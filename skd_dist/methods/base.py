@@ -21,6 +21,10 @@ class BaseMethod:
         return True
 
     @property
+    def feeds_student(self) -> bool:
+        return False
+
+    @property
     def learns_from_exits(self) -> bool:
         return False
 

@@ -37,6 +37,10 @@ class Composition(BaseMethod):
         return self.body.needs_teacher or self.head.needs_teacher
 
     @property
+    def feeds_student(self) -> bool:
+        return self.body.feeds_student
+
+    @property
     def learns_from_exits(self) -> bool:
         return self.body.learns_from_exits or self.head.learns_from_exits
 

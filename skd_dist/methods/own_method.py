@@ -19,7 +19,7 @@ from skd_dist.errors import UserError
 _PREFIX = "skd_dist_own_method_"
 """Of the module's name; the file's sha256 follows."""
 _NEEDED = (
-    *("name", "needs_teacher", "learns_from_exits", "compares_samples", "companion_file"),
+    *("name", "needs_teacher", "feeds_student", "learns_from_exits", "compares_samples", "companion_file"),
     *("plan", "companion", "loss", "predictions"),
 )
 """What `contracts.Method` asks for."""

@@ -38,6 +38,10 @@ class Skd(BaseMethod):
                 f"{self.name}: input_from=teacher compares each stage by itself", got=f"features={self.features}"
             )
 
+    @property
+    def feeds_student(self) -> bool:
+        return self.input_from == "teacher"
+
     def plan(self, context: PlanContext) -> StagePlan:
         """One stage per matched group, or one for all of them with as many steps; and one for the head.
 

@@ -35,7 +35,7 @@ def stub_job(board, rank, roles):
     """As much of a job as agreeing looks at."""
     job = SimpleNamespace(board=board, world=SimpleNamespace(rank=rank), roles=roles)
     job.peer, job.run_ranks = roles.peer_of(rank), roles.run_ranks(rank)
-    job.writes = rank == job.run_ranks[0]
+    job.writes, job.role = rank == job.run_ranks[0], roles.role_of(rank)
     job.named = partial(Job.named, job)
     return job
 
