@@ -16,8 +16,8 @@ from skd_dist.methods import find_method
 from skd_dist.peers import peer_config, take_part
 from skd_dist.plan import StageSpec
 from skd_dist.prepare import Prepared, SplitStage, prepare_models, write_plan
-from skd_dist.roles import World
 from skd_dist.runner import check_runs, roles_of
+from tests.test_cohort_placement import world_of
 
 CONFIG = RunConfig(
     train_shards="t",
@@ -157,18 +157,6 @@ def test_a_stage_that_compares_more_than_its_features_is_refused() -> None:
 def test_flags_that_do_not_go_together(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=f"^{message}"):
         check_config(dataclasses.replace(CONFIG, **changes))
-
-
-def world_of(size: int) -> World:
-    return World(
-        rank=0,
-        world_size=size,
-        local_rank=0,
-        ranks_per_node=size,
-        master_addr="127.0.0.1",
-        master_port=0,
-        launcher="deepspeed",
-    )
 
 
 def test_the_students_are_split_among_the_groups_and_the_teachers_are_not() -> None:
