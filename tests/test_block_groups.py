@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 from skd_dist.block_groups import fairest_split, split_blocks, take_taps
 from skd_dist.config import RunConfig
-from skd_dist.config_checks import batch_shape, check_config
+from skd_dist.config_checks import check_config
 from skd_dist.errors import UserError
-from skd_dist.methods import find_method
 from skd_dist.peers import peer_config, take_part
 from skd_dist.plan import StageSpec
-from skd_dist.prepare import Prepared, SplitStage, prepare_models, write_plan
+from skd_dist.prepare import Prepared, SplitStage
 from skd_dist.runner import check_runs, roles_of
+from tests.dataless import prepare_without_data
 from tests.test_cohort_placement import world_of
 
 CONFIG = RunConfig(
@@ -39,16 +39,7 @@ TAPS = ("stem", "stage1", "stage2", "stage3", "stage4")
 
 
 def prepared(**changes: Any) -> Prepared:
-    config = dataclasses.replace(CONFIG, **changes)
-    models, method = prepare_models(config), find_method(config.method, config.method_options)
-    return Prepared(
-        config=config,
-        method=method,
-        models=models,
-        splits=Any,  # type: ignore[arg-type]
-        shape=batch_shape(config, num_students=1),
-        plan=write_plan(config, models, method, samples_per_epoch=100),
-    )
+    return prepare_without_data(dataclasses.replace(CONFIG, **changes))
 
 
 def feeds_of(stage: StageSpec) -> list[str]:

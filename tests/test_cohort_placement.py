@@ -8,17 +8,16 @@ import pytest
 import torch
 
 from skd_dist.config import RunConfig
-from skd_dist.config_checks import batch_shape
 from skd_dist.errors import UserError
-from skd_dist.methods import find_cohort, find_method
+from skd_dist.methods import find_cohort
 from skd_dist.models.create import create_model
-from skd_dist.models.cut import cut_model
 from skd_dist.peers import peer_config, take_part
 from skd_dist.plan import LOGITS
-from skd_dist.prepare import Models, Prepared, write_plan
+from skd_dist.prepare import Prepared
 from skd_dist.roles import World
 from skd_dist.runner import check_runs, roles_of
 from skd_dist.student import build_stage_module
+from tests.dataless import prepare_without_data
 from tests.test_cohort import SIZE, make_batch, scores
 
 NAMES = ("test_resnet", "test_efficientnet", "test_resnet")
@@ -42,17 +41,7 @@ CONFIG = RunConfig(
 
 @pytest.fixture(scope="module")
 def prepared() -> Prepared:
-    cut = cut_model(NAMES[0], num_classes=3, image_size=SIZE)
-    models = Models(student=cut, teachers=(), matching=tuple(((name,), name) for name in cut.group_names[:-1]))
-    method, nothing = find_method(CONFIG.method, CONFIG.method_options), Any
-    return Prepared(
-        config=CONFIG,
-        method=method,
-        models=models,
-        splits=nothing,  # type: ignore[arg-type]
-        shape=batch_shape(CONFIG, num_students=2),
-        plan=write_plan(CONFIG, models, method, samples_per_epoch=100),
-    )
+    return prepare_without_data(CONFIG, num_students=2)
 
 
 def test_every_peer_starts_from_the_weights_that_one_engine_gives_it(prepared: Prepared) -> None:
