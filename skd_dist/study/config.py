@@ -110,6 +110,15 @@ def _check_teachers(config: StudyConfig) -> None:
             raise UserError(
                 f"{exits[0]} learns from the exits of its teacher", do="give --teacher-method teacher_training_exits"
             )
+        for flag, is_given in (
+            ("--block-groups", config.block_groups > 1),
+            ("--cohort-placement ranks", config.cohort_placement == "ranks"),
+        ):
+            if is_given:
+                raise UserError(
+                    f"{flag}: a study trains its teachers in the same launch, on ranks that are not split",
+                    do="give --teacher-checkpoint and methods that can be split alone, or launch such runs apart",
+                )
         return
     if len(config.teachers) > 1:
         raise UserError(

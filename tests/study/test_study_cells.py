@@ -141,6 +141,16 @@ def test_budgets() -> None:
             "--teacher-checkpoint cannot teach on noisy or imbalanced data: it must be trained on the same data; got "
             "--label-noises none symmetric:0.2 --imbalances none; leave --teacher-checkpoint out, and teachers are tr",
         ),
+        *(
+            (
+                {field: value},
+                f"{flag}: a study trains its teachers in the same launch, on ranks that are not split; give",
+            )
+            for flag, field, value in (
+                ("--block-groups", "block_groups", 2),
+                ("--cohort-placement ranks", "cohort_placement", "ranks"),
+            )
+        ),
         ({"teacher_checkpoint": "t", "teachers": ("a", "b")}, "--teacher-checkpoint is of one network; got a b; give"),
         *(
             (
