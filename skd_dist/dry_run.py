@@ -4,36 +4,48 @@ Nothing is written or downloaded and no weights are needed: models are built wit
 brings modules of its own, see `trial`), and shards without an index are scanned in memory.
 """
 
+import contextlib
 import dataclasses
 import tempfile
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from skd_dist.config import RunConfig
 from skd_dist.data.selection import describe_steps
+from skd_dist.errors import named
 from skd_dist.models.cost import GroupCost, exit_costs, group_costs
 from skd_dist.models.cut import HEAD, ModelCut
 from skd_dist.models.exits import EXITS, group_of, is_exit
 from skd_dist.peers import take_part
 from skd_dist.plan import LOGITS, StageSpec
-from skd_dist.prepare import Prepared, SplitStage, prepare_run, unpack_embedded_data, uses_embedded_data
+from skd_dist.prepare import Prepared, SplitStage, prepare_run
 from skd_dist.roles import RoleMap, World
 from skd_dist.runner import roles_of
+from skd_dist.splits import OpenSplits, splits_opener, unpack_embedded_data, uses_embedded_data
 from skd_dist.trial import try_stages
+
+_costs_once = cache(group_costs)
+"""The runs of a launch name few networks, and counting is slow."""
 
 
 def describe_runs(configs: Sequence[RunConfig], *, world: World) -> str:
     """The text of --dry-run for all runs of a launch.
 
     Raises:
-        UserError: whatever would stop the run before its first tensor.
+        UserError: whatever would stop a run before its first tensor.
     """
-    return "\n\n".join(_describe(config, roles_of(config, world), world) for config in configs)
-
-
-def _describe(config: RunConfig, roles: RoleMap, world: World) -> str:
+    parts = []
     with tempfile.TemporaryDirectory() as scratch:
-        prepared = _prepare_without_traces(config, roles, Path(scratch))
+        open_splits = splits_opener(keep_index=False)
+        for config in configs:
+            with contextlib.nullcontext() if len(configs) == 1 else named(f"run {config.name}"):
+                parts.append(_describe(config, roles_of(config, world), world, Path(scratch), open_splits))
+    return "\n\n".join(parts)
+
+
+def _describe(config: RunConfig, roles: RoleMap, world: World, scratch: Path, open_splits: OpenSplits) -> str:
+    prepared = _prepare_without_traces(config, roles, scratch, open_splits)
     parts = [_header(prepared), _roles(roles, world), _matching(prepared), _stages(prepared)]
     if prepared.peer is not None and prepared.peer.split is not None:
         parts.append(_blocks(prepared.peer.split))
@@ -42,12 +54,12 @@ def _describe(config: RunConfig, roles: RoleMap, world: World) -> str:
     return "\n".join(parts)
 
 
-def _prepare_without_traces(config: RunConfig, roles: RoleMap, scratch: Path) -> Prepared:
+def _prepare_without_traces(config: RunConfig, roles: RoleMap, scratch: Path, open_splits: OpenSplits) -> Prepared:
     """Embedded digits go to a scratch directory that is removed; indexes stay in memory."""
     if uses_embedded_data(config):
         config = dataclasses.replace(config, run_dir=scratch / "run")
         unpack_embedded_data(config)
-    prepared = prepare_run(config, num_students=roles.num_students, keep_index=False)
+    prepared = prepare_run(config, num_students=roles.num_students, open_splits=open_splits)
     try_stages(prepared)
     return take_part(prepared, 1) if roles.num_peers > 1 else prepared
 
@@ -107,8 +119,8 @@ def _shape_text(cut: ModelCut, group: str) -> str:
 
 def _stages(prepared: Prepared) -> str:
     models = prepared.models
-    student = {cost.name: cost for cost in group_costs(models.student)}
-    teachers = [{cost.name: cost for cost in group_costs(cut)} for cut in models.teachers]
+    student = {cost.name: cost for cost in _costs_once(models.student)}
+    teachers = [{cost.name: cost for cost in _costs_once(cut)} for cut in models.teachers]
     rows = [("stage", "steps", "trains", "params", "student MFLOPs", "teacher MFLOPs", "link KiB/image")]
     for stage in prepared.plan.stages:
         rows.append(

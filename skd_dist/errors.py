@@ -4,6 +4,9 @@ Every such error is one line: what is wrong, what was found, what was expected, 
 `assert` and tracebacks; they never use this class.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 EXIT_USER_ERROR = 2
 """Exit code of every rank after an error that a user can mend."""
 
@@ -32,3 +35,16 @@ class UserError(Exception):
 
 class NoTeacherError(UserError):
     """Every teacher of a student has lost its model, and none came back in time."""
+
+
+@contextlib.contextmanager
+def named(whose: str) -> Iterator[None]:
+    """Errors in here begin with whose they are, where a launch has several such.
+
+    Args:
+        whose: for example `run hinton-f0.1-s0`.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{whose}: {error.line}") from error

@@ -11,6 +11,7 @@ import os
 import platform
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -28,11 +29,12 @@ from skd_dist.job.consensus import agreed, broadcast_text, gather_text
 from skd_dist.job.rendezvous import Job
 from skd_dist.methods import method_identity
 from skd_dist.peers import take_part
-from skd_dist.prepare import Prepared, prepare_run, unpack_embedded_data
+from skd_dist.prepare import Prepared, prepare_run
 from skd_dist.quarantine import Entry, Quarantine
 from skd_dist.resume_point import newest_sound, verify
 from skd_dist.run_lock import take_lock
 from skd_dist.run_record import SELECTION, open_run_directory
+from skd_dist.splits import prepare_splits, splits_opener, unpack_embedded_data
 from skd_dist.stage_side import FoundPoint
 from skd_dist.student_run import count_done
 from skd_dist.tracking import (
@@ -44,7 +46,7 @@ from skd_dist.tracking import (
     resolve_experiment,
     resolve_tracking_uri,
 )
-from skd_dist.trial import try_stages
+from skd_dist.trial import try_runs, try_stages
 
 JOB_TIMEOUT = timedelta(minutes=10)
 """How long ranks wait for each other: one of them may be held up by a slow file system (guess)."""
@@ -61,6 +63,20 @@ def collective_timeout(configs: Sequence[RunConfig]) -> timedelta:
     """How long a collective of the students may take: longer than a rank may be stuck, for the stall watch names it."""
     longest_stall = timedelta(seconds=max(config.stall_timeout for config in configs))
     return max(JOB_TIMEOUT, longest_stall + _STALL_SPEAKS_FIRST)
+
+
+def try_together(job: Job, configs: Sequence[RunConfig]) -> None:
+    """Let all ranks end if one of the launch's runs cannot be run, rather than after the hours of those before it.
+
+    A single run is tried as it is prepared.
+    """
+    with agreed(job, "trial"):
+        if job.world.rank == 0 and len(configs) > 1:
+            for config in configs:
+                unpack_embedded_data(config)
+            with waiting_bar("shards indexed") as on_progress:
+                opener = splits_opener(on_progress=on_progress)
+                try_runs(configs, num_students=job.roles.num_students, open_splits=opener)
 
 
 def lock_directory(job: Job, config: RunConfig, key: str, emergency: Emergency) -> None:
@@ -89,7 +105,8 @@ def prepare_together(job: Job, config: RunConfig, key: str) -> Prepared:
         if job.world.rank == 0:
             unpack_embedded_data(config)
             with waiting_bar("shards indexed") as on_progress:
-                prepared = prepare_run(config, num_students=num_students, on_progress=on_progress)
+                open_splits = partial(prepare_splits, on_progress=on_progress)
+                prepared = prepare_run(config, num_students=num_students, open_splits=open_splits)
             try_stages(prepared)
     with agreed(job, f"{key}/prepare"):
         prepared = prepared or prepare_run(config, num_students=num_students)

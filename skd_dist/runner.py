@@ -32,6 +32,7 @@ from skd_dist.run_setup import (
     collective_timeout,
     device_kind,
     engine_spec_of,
+    try_together,
 )
 from skd_dist.teacher_run import start_worker
 
@@ -113,6 +114,7 @@ def run_all(configs: Sequence[RunConfig], *, world: World) -> int:
     summaries: list[dict[str, Any]] = []
     exit_code = 0
     try:
+        try_together(job, configs)
         for number, group in enumerate(groups_of(resume_those_begun(configs))):
             summaries += run_group(group, job, key=f"{number}-{group[0].name}", guards=guards, worker=worker)
         if job.world.rank == 0:

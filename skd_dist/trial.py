@@ -1,16 +1,38 @@
-"""What only building a stage shows: whether the student can be entered, fed or accompanied as the method wants it.
+"""Whether runs could be run: found out on one rank before any has a directory, or has trained for hours.
 
-Looked at once, on one rank, before a run has a directory: what is refused later is refused with one that other flags
-cannot continue, and in a study again at every launch.
+What is refused later is refused with a directory that other flags cannot continue; in a study, at every launch again.
 """
 
+from collections.abc import Sequence
+
+from skd_dist.config import RunConfig
+from skd_dist.errors import named
 from skd_dist.methods.base import BaseMethod
-from skd_dist.prepare import Prepared
+from skd_dist.prepare import Prepared, prepare_run
+from skd_dist.splits import OpenSplits
 from skd_dist.stage_runner import stage_module
 
 
+def try_runs(configs: Sequence[RunConfig], *, num_students: int, open_splits: OpenSplits) -> None:
+    """Prepare each run of a launch, and build what only building shows.
+
+    Args:
+        configs: several, in the order in which they will run.
+        num_students: ranks that train each.
+        open_splits: how data are opened.
+
+    Raises:
+        UserError: the first that cannot be run, by name.
+    """
+    for config in configs:
+        with named(f"run {config.name}"):
+            try_stages(prepare_run(config, num_students=num_students, open_splits=open_splits))
+
+
 def try_stages(prepared: Prepared) -> None:
-    """Build one stage module for every way in which stages differ in what they bring; none where they bring nothing.
+    """Build a stage where the student is entered, fed or accompanied as the method wants it.
+
+    One stage module for every way in which stages differ in what they bring; none where they bring nothing.
 
     Raises:
         UserError: a companion, or a place where the student is fed, that its network does not allow.

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from skd_dist.data.bad_samples import BadSample
 from skd_dist.data.images import ImageTransform
 from skd_dist.data.loader import ShardDataset, train_batches
 from skd_dist.errors import UserError
-from skd_dist.prepare import prepare_run, prepare_splits, teacher_not_used, unpack_embedded_data
+from skd_dist.prepare import prepare_run, teacher_not_used
+from skd_dist.splits import _data_of, prepare_splits, splits_opener, unpack_embedded_data
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +105,30 @@ def test_a_teacher_that_no_stage_asks_is_said_once_and_not_loaded(config: RunCon
     assert teacher_not_used(prepare_run(dataclasses.replace(named, method="hinton"), num_students=1)) is None
     without = dataclasses.replace(config, teacher=None, method="no_teacher")
     assert teacher_not_used(prepare_run(without, num_students=1)) is None
+
+
+class _Recording:
+    """A configuration that notes which of its attributes are read."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+        self.read: set[str] = set()
+
+    def __getattr__(self, name: str) -> object:
+        self.read.add(name)
+        return getattr(self._config, name)
+
+
+def test_data_are_opened_again_where_anything_that_decides_about_them_differs(config: RunConfig) -> None:
+    by_opening, by_comparing = _Recording(config), _Recording(config)
+    prepare_splits(cast(RunConfig, by_opening), keep_index=False)
+    _data_of(cast(RunConfig, by_comparing))
+    assert by_comparing.read == by_opening.read
+    assert len(by_opening.read) > 5
+
+    open_splits = splits_opener(keep_index=False)
+    first = open_splits(config)
+    assert open_splits(dataclasses.replace(config, seed=3, method="hinton", lr=0.5)) is first
+    tenth = open_splits(dataclasses.replace(config, fraction=0.1))
+    assert len(tenth.train_ids) == 126
+    assert open_splits(config).digest == first.digest

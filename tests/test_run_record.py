@@ -11,8 +11,9 @@ import pytest
 from skd_dist.config import MAY_CHANGE_ON_RESUME, RunConfig
 from skd_dist.engines import EngineSpec
 from skd_dist.errors import UserError
-from skd_dist.prepare import prepare_run, unpack_embedded_data
+from skd_dist.prepare import prepare_run
 from skd_dist.run_record import open_run_directory, resume_those_begun, write_failure, write_summary
+from skd_dist.splits import unpack_embedded_data
 
 CHANGES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "train_shards": ("digits:test", ("data_digest", "plan_digest")),

@@ -27,10 +27,11 @@ from skd_dist.job.blackboard import Blackboard
 from skd_dist.link.ask_ahead import AskAhead
 from skd_dist.link.inline import InlineLink
 from skd_dist.models.create import create_model
-from skd_dist.prepare import Prepared, prepare_run, unpack_embedded_data
+from skd_dist.prepare import Prepared, prepare_run
 from skd_dist.resume_point import newest_sound
 from skd_dist.run_setup import quarantine_of
 from skd_dist.shared_pass import PassPlan, SharedAsk, take_turns
+from skd_dist.splits import unpack_embedded_data
 from skd_dist.stage_batches import split_batches
 from skd_dist.stage_runner import train_stage
 from skd_dist.stage_side import FoundPoint, State, StudentSide

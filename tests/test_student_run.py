@@ -15,9 +15,10 @@ from skd_dist.config import RunConfig
 from skd_dist.models.cut import run_cut
 from skd_dist.models.exits import load_exits
 from skd_dist.plan import LOGITS
-from skd_dist.prepare import Prepared, prepare_run, unpack_embedded_data
+from skd_dist.prepare import Prepared, prepare_run
 from skd_dist.run_setup import was_published
 from skd_dist.shared_pass import take_turns
+from skd_dist.splits import unpack_embedded_data
 from skd_dist.stage_batches import split_batches
 from skd_dist.stage_side import StudentSide
 from skd_dist.student_run import count_done, run_student

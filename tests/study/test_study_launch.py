@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -138,3 +139,27 @@ def test_bad_flags_are_one_line(study: StudyConfig, capsys: pytest.CaptureFixtur
     assert launch(study, "--methods", "kd") == 2
     assert "unknown --method; got kd; expected skd" in capsys.readouterr().err
     assert list(study.run_dir.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--methods", "no_teacher", "fsp", "--students", "skd_narrow_resnet10", "skd_resnet10"), "fsp needs equal ch"),
+        (("--methods", "no_teacher", "skd@input_from=teacher", "--fractions", "0.1", "0.001"), "smaller than one samp"),
+    ],
+)
+@pytest.mark.parametrize("dry_run", [(), ("--dry-run",)])
+def test_a_cell_that_cannot_be_run_ends_the_study_before_any_trains(
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    flags: tuple[str, ...],
+    message: str,
+    dry_run: tuple[str, ...],
+) -> None:
+    own = ("--toy", "--deepspeed-config", "none", "--teacher-ranks", "0", "--run-dir", str(tmp_path / "study"))
+    with pytest.raises(SystemExit) as ended:
+        run_study(kd_study(), description="", argv=[*own, *flags, *dry_run])
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("skd_dist: ")]
+    assert ended.value.code == 2
+    assert re.match(rf"skd_dist: run \S+(-skd_resnet10-f0\.1|-f0\.001)-s0: .*{message}", line)
+    assert not [path for path in tmp_path.rglob("*") if path.name in ("config.json", "journal.jsonl", "student")]
