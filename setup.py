@@ -26,6 +26,7 @@ setup(
         "rich>=14",
         "safetensors>=0.6",
         "scikit-learn>=1.5",
+        "scipy>=1.11",
         "simplejpeg>=1.9",
         "timm>=1.0.22",
         "torch>=2.13.0",

@@ -2,10 +2,11 @@
 
 The grid is --methods x --students x --teachers x --fractions x --label-noises x --imbalances x --seeds. Each cell is a
 run of its own, in RUN/<cell> and in MLflow. Teachers are trained first, one for every network, label noise and
-imbalance, on the same noisy and imbalanced data. All methods of a seed have the same initial weights, order and
-augmentation. Stages choose their weights on validation images where --stage-weights best is given; the table is of test
-images. With --resume-or-start a study goes on where it was interrupted: finished cells are left alone, and a grid may
-grow. RUN/study.md is the table at the end; tools/compare_runs.py makes it anew, with a plot, at any time.
+imbalance, on the same noisy and imbalanced data. All methods of a seed have the same initial weights, and in stages of
+the same number the same order and augmentation. Stages choose their weights on validation images where --stage-weights
+best is given; the table is of test images. With --resume-or-start a study goes on where it was interrupted: finished
+cells are left alone, and a grid may grow. RUN/study.md is the table at the end; tools/compare_runs.py makes it anew,
+with a plot, at any time.
 
 Command:
     deepspeed --num_accelerators 3 recipes/kd_study.py --teacher-ranks 1 --resume-or-start

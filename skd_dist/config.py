@@ -26,7 +26,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
     ("teacher_ranks", "teacher_placement", "cohort_placement", "deepspeed_config", "micro_batch_size", "num_workers")
     + ("run_dir",)
     + ("tracking_uri", "experiment", "resume", "prefetch", "network_interface", "toy", "dry_run", "name")
-    + ("resume_or_start", "checkpoint_every", "grace", "stall_timeout", "teacher_timeout")
+    + ("allow_untrained_teacher", "resume_or_start", "checkpoint_every", "grace", "stall_timeout", "teacher_timeout")
     + ("share_teacher_pass", "index_dir", "allow_pipe_urls", "cache_dir", "cache_gib", "on_bad_sample", "max_bad_frac")
 )
 """Fields that say where and how a run is computed, not what: tags in MLflow, where parameters are written once."""

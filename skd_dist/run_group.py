@@ -70,13 +70,14 @@ class OpenRun:
 
 
 def groups_of(configs: Sequence[RunConfig]) -> list[list[RunConfig]]:
-    """Neighbours that share a pass; a run that shares with nobody is alone."""
+    """Runs that share a pass, where the first of them stands; a run that shares with nobody is alone."""
     groups: list[list[RunConfig]] = []
     for config in configs:
-        if groups and _share(groups[-1][0], config):
-            groups[-1].append(config)
-        else:
+        group = next((group for group in groups if _share(group[0], config)), None)
+        if group is None:
             groups.append([config])
+        else:
+            group.append(config)
     return groups
 
 
@@ -290,6 +291,7 @@ def _summary(prepared: Prepared, found: dict[str, Any], digest: str | None, trac
         "fraction": config.fraction,
         "seed": config.seed,
         "num_train_samples": len(prepared.splits.train_ids),
+        "micro_batch_size": prepared.shape.micro_batch_size,
         "num_compared_samples": prepared.shape.micro_batch_size if prepared.method.compares_samples else None,
         "data_digest": prepared.splits.digest,
         "val_digest": prepared.splits.val_digest,

@@ -10,7 +10,9 @@ def toy(config: Config) -> Config:
     return dataclasses.replace(
         config,
         train_shards="digits:train",
+        train_keys=None,
         val_shards="digits:val",
+        val_holdout=None,
         test_shards=None,
         num_classes=10,
         image_size=32,

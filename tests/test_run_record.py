@@ -49,7 +49,6 @@ CHANGES: dict[str, tuple[Any, tuple[str, ...]]] = {
 
 KNOWN_OTHERWISE = {
     "teacher_checkpoint": "by the teacher's digest",
-    "allow_untrained_teacher": "refuses, or does nothing",
     "test_shards": "measured once, after the last stage",
     "engine": "by the resume point, inside a stage",
     "method_options": "by every hyper-parameter of the method, see the test of its own",

@@ -5,7 +5,7 @@
 
 RUN is a run directory, a copy of one with nothing but its journal, or a directory of runs. Runs belong together if all
 but the seed is the same: method and its options, student, teacher, fraction, label noise, imbalance, and the fields
-that --by names. A difference to the baseline is of one seed; its interval is a percentile bootstrap.
+that --by names. A difference to the baseline is of one seed; its interval is Student's t.
 """
 
 import sys
@@ -15,17 +15,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from skd_dist.comparison import (
-    Measure,
-    choose_split,
-    compare,
-    exits_table,
-    markdown_table,
-    read_directories,
-    read_store,
-    to_runs,
-)
-from skd_dist.comparison.plot import check_plot_path, write_plot
+from skd_dist.comparison import read_directories, read_store, report
+from skd_dist.comparison.plot import check_plot_path
 from skd_dist.data.atomic import atomic_file
 from skd_dist.errors import EXIT_USER_ERROR, UserError
 
@@ -65,17 +56,9 @@ def run_comparison(wanted: Comparison) -> str:
     found = read_directories(wanted.runs)
     if wanted.tracking_uri is not None:
         found += read_store(wanted.tracking_uri, experiment=wanted.experiment)
-    measure = Measure(
-        split=choose_split(found.records) if wanted.split == "auto" else wanted.split, names=wanted.metric
+    return report(
+        found, baseline=wanted.baseline, split=wanted.split, metric=wanted.metric, by=wanted.by, plot=wanted.plot
     )
-    runs = to_runs(found.records, measure, others=wanted.by)
-    rows = compare(runs, baseline=wanted.baseline)
-    if wanted.plot is not None:
-        write_plot(rows, wanted.plot, measure=measure)
-    table = markdown_table(
-        rows, measure=measure, baseline=wanted.baseline, others=wanted.by, unfinished=found.unfinished
-    )
-    return table + exits_table(found.records, runs, measure=measure, baseline=wanted.baseline)
 
 
 def main(arguments: list[str]) -> int:

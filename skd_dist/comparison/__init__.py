@@ -6,8 +6,9 @@ Only what the runs themselves recorded is used. Reading and counting are plain P
 """
 
 from skd_dist.comparison.exits import exits_table
+from skd_dist.comparison.report import report
 from skd_dist.comparison.runs import Found, Measure, Record, choose_split, read_directories, read_store, to_runs
-from skd_dist.comparison.statistics import Row, bootstrap_interval, compare
+from skd_dist.comparison.statistics import Row, compare, t_interval
 from skd_dist.comparison.table import markdown_table
 
 __all__ = [
@@ -15,12 +16,13 @@ __all__ = [
     "Measure",
     "Record",
     "Row",
-    "bootstrap_interval",
     "choose_split",
     "compare",
     "exits_table",
     "markdown_table",
     "read_directories",
     "read_store",
+    "report",
+    "t_interval",
     "to_runs",
 ]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from skd_dist.comparison.settings import check_alike
+from skd_dist.comparison.settings import check_alike, settings_of
 from skd_dist.errors import UserError
 from skd_dist.tracking import JOURNAL_FILE, import_mlflow, read_events, resolve_tracking_uri
 
@@ -82,6 +82,10 @@ class FinishedRun:
     teacher_digest: str | None
     teacher_val_top1_frac: float | None
     """Of the teacher, on the sample of validation images that a run looks at; None where something else is compared."""
+    settings: Mapping[str, str]
+    """What of its configuration should be alike over seeds."""
+    micro_batch_size: int | None
+    """Images that BatchNorm saw at once; it follows from the number of students. None: of a version without it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,7 +109,7 @@ def read_directories(paths: Sequence[Path]) -> Found:
             raise UserError("no directory of runs", got=path)
         inside = [path] if _is_run(path) else [child for child in sorted(path.iterdir()) if _is_run(child)]
         folders |= {folder.resolve(): None for folder in inside}
-    return _sorted_out([(str(folder), *_read_directory(folder)) for folder in folders])
+    return _sorted_out([(str(folder), *read_directory(folder)) for folder in folders])
 
 
 def read_store(uri: str | None, *, experiment: str) -> Found:
@@ -142,11 +146,11 @@ def to_runs(records: Sequence[Record], measure: Measure, *, others: Sequence[str
     _check_measured_on_the_same(records, measure.split)
     _check_known(measure, records)
     runs = [_to_run(record, measure, others) for record in records]
-    cells: dict[Cell, list[Record]] = {}
-    for run, record in zip(runs, records, strict=True):
-        cells.setdefault(run.cell, []).append(record)
+    cells: dict[Cell, list[FinishedRun]] = {}
+    for run in runs:
+        cells.setdefault(run.cell, []).append(run)
     for cell, alike in cells.items():
-        check_alike(cell.method, [(record.place, record.config, record.summary) for record in alike])
+        check_alike(cell.method, [(run.place, run.settings) for run in alike])
     places: dict[tuple[Cell, int], str] = {}
     for run in runs:
         other = places.setdefault((run.cell, run.seed), run.place)
@@ -168,8 +172,12 @@ def _is_run(path: Path) -> bool:
     return any((path / name).is_file() for name in (_CONFIG, JOURNAL_FILE))
 
 
-def _read_directory(folder: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """Configuration and summary, from the files of a run, or from its journal where that is all there is."""
+def read_directory(folder: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Configuration and summary of a run, from its files, or from its journal where that is all there is.
+
+    Raises:
+        UserError: a damaged file.
+    """
     if (folder / _CONFIG).is_file():
         return _read_json(folder / _CONFIG)["config"], _read_json(folder / _SUMMARY)
     config: Mapping[str, Any] = {}
@@ -232,6 +240,8 @@ def _to_run(record: Record, measure: Measure, others: Sequence[str]) -> Finished
         whole_digest=summary.get("whole_digest"),
         teacher_digest=teacher.get("digest"),
         teacher_val_top1_frac=teacher.get("top1_frac") if measure.names == _TOP1 else None,
+        settings=settings_of(config, summary),
+        micro_batch_size=summary.get("micro_batch_size"),
     )
 
 

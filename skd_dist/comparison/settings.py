@@ -1,27 +1,17 @@
-"""Whether the runs of a cell are the same but for their seed, in all that their configurations say."""
+"""In what runs differ: seeds of one cell in nothing that counts, a method and its baseline in nothing unsaid."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from skd_dist.config import MAY_CHANGE_ON_RESUME
 from skd_dist.errors import UserError
 
-MAY_DIFFER = frozenset(
-    # where and how a run is computed, or where its files lie; data and weights are held against each other by digests
-    (
-        "teacher_ranks",
-        "teacher_placement",
-        "cohort_placement",
-        "deepspeed_config",
-        "micro_batch_size",
-        "num_workers",
-        "run_dir",
-        "name",
-    )
-    + ("tracking_uri", "experiment", "resume", "resume_or_start", "prefetch", "network_interface", "toy", "dry_run")
-    + ("checkpoint_every", "grace", "stall_timeout", "teacher_timeout", "share_teacher_pass", "index_dir")
-    + ("allow_pipe_urls", "cache_dir", "cache_gib", "on_bad_sample", "max_bad_frac", "allow_untrained_teacher")
-    + ("train_shards", "val_shards", "test_shards", "train_keys", "teacher_checkpoint", "student_checkpoint", "seed")
+FILES = frozenset(
+    ("train_shards", "val_shards", "test_shards", "train_keys", "teacher_checkpoint", "student_checkpoint")
 )
+"""Where data and weights lie, which may move; what is in them is held against each other by digests."""
+
+MAY_DIFFER = MAY_CHANGE_ON_RESUME | FILES | {"seed"}
 """Fields of RunConfig in which runs of one cell may differ."""
 
 _DIGESTS = frozenset(("teacher_digest", "data_digest"))
@@ -32,43 +22,48 @@ _COMPARED = "num_compared_samples"
 """In a summary: samples of a micro-batch that the loss compares with each other; None for most methods."""
 
 
-def first_difference(
-    runs: Iterable[tuple[str, Mapping[str, Any], Mapping[str, Any]]],
-) -> tuple[str, tuple[str, str], tuple[str, str]] | None:
-    """The first setting in which runs differ that should be alike.
+_OF_THE_METHOD = frozenset(
+    ("method", "method_options", "match", "teacher", "teacher_dtype", "stage_duration", "head_duration", _COMPARED)
+)
+"""In which a method and its baseline may well differ; of durations the table shows the steps."""
+
+
+def settings_of(config: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, str]:
+    """What of a run should be alike over the seeds of its cell, as texts."""
+    settings = {**config, _COMPARED: summary.get(_COMPARED)}
+    return {field: str(value) for field, value in settings.items() if field not in MAY_DIFFER | _DIGESTS}
+
+
+def other_settings(run: Mapping[str, str], baseline: Mapping[str, str]) -> list[str]:
+    """In what a run differs from its baseline that is not the method's, in words.
 
     Args:
-        runs: (place, configuration, summary) of each; values may be texts.
-
-    Returns:
-        Field, (place, value) of the first run that has it, and of the one that differs; None where all are alike.
+        run: its settings (`settings_of`); likewise those of the baseline. A field that only one has is left out.
     """
-    first: dict[str, tuple[str, str]] = {}
-    for place, config, summary in runs:
-        for field, value in ({**config, _COMPARED: summary.get(_COMPARED)}).items():
-            if field in MAY_DIFFER | _DIGESTS:
-                continue
-            other = first.setdefault(field, (place, str(value)))
-            if other[1] != str(value):
-                return field, other, (place, str(value))
-    return None
+    return [
+        f"{field} {run[field]} instead of {baseline[field]}"
+        for field in sorted(run.keys() & baseline.keys() - _OF_THE_METHOD)
+        if run[field] != baseline[field]
+    ]
 
 
-def check_alike(method: str, runs: Iterable[tuple[str, Mapping[str, Any], Mapping[str, Any]]]) -> None:
+def check_alike(method: str, runs: Iterable[tuple[str, Mapping[str, str]]]) -> None:
     """Refuse runs of a cell that are no seeds of one another.
 
     Args:
         method: of the cell, for the message.
-        runs: as of `first_difference`.
+        runs: (place, settings) of each.
 
     Raises:
         UserError: two differ in more than the seed.
     """
-    found = first_difference(runs)
-    if found is not None:
-        field, (one, value), (other, changed) = found
-        raise UserError(
-            f"runs of {method} differ in {field}, so that they are no seeds of one another",
-            got=f"{value} in {one} and {changed} in {other}",
-            do=f"leave one out, or give --by {field}",
-        )
+    first: dict[str, tuple[str, str]] = {}
+    for place, settings in runs:
+        for field, value in settings.items():
+            one, known = first.setdefault(field, (place, value))
+            if known != value:
+                raise UserError(
+                    f"runs of {method} differ in {field}, so that they are no seeds of one another",
+                    got=f"{known} in {one} and {value} in {place}",
+                    do=f"leave one out, or give --by {field}",
+                )

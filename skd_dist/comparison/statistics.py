@@ -1,19 +1,20 @@
 """Statistics of cells over their seeds: mean and spread, paired differences and how sure they are, the closed gap.
 
-Runs of one seed share initial weights, order and augmentation, so a method is held against the baseline seed by seed,
-and what both owe to the seed falls out of the difference.
+Runs of one seed share initial weights, and in stages of the same number order and augmentation, so a method is held
+against the baseline seed by seed, and what both owe to the seed falls out of the difference.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import stdtrit
 
 from skd_dist.comparison.runs import Cell, FinishedRun, method_text
+from skd_dist.comparison.settings import other_settings
 from skd_dist.errors import UserError
 
-NUM_RESAMPLES = 10_000
 _LEVEL = 0.95
 
 
@@ -43,6 +44,8 @@ class Row:
     gap_ratio: float | None
     """(run - baseline) / (teacher - baseline), of means over the paired seeds; 1: the student is as good as its
     teacher."""
+    remarks: tuple[str, ...]
+    """In what else than the method it differs from its baseline, and its seeds from each other."""
 
 
 def compare(runs: Sequence[FinishedRun], *, baseline: str = "no_teacher") -> list[Row]:
@@ -63,24 +66,20 @@ def compare(runs: Sequence[FinishedRun], *, baseline: str = "no_teacher") -> lis
     return [_row(cell, sorted(cells[cell], key=lambda run: run.seed), runs, baseline, scores) for cell in order]
 
 
-def bootstrap_interval(differences: ArrayLike, *, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the mean of n values, by the percentile bootstrap.
+def t_interval(differences: ArrayLike) -> tuple[float, float]:
+    """95 % interval of the mean of n values, by Student's t with n - 1 degrees of freedom.
 
-    `NUM_RESAMPLES` times n values are drawn with replacement; the interval holds the middle 95 % of their means. It is
-    the same for the same values. With few seeds it is too narrow: for three of them it is the range of the values.
+    A bootstrap would be too narrow for the few seeds that studies have: of three values it never leaves their range,
+    which holds the mean in three of four cases.
 
     Args:
         differences: [n], n >= 2.
-        seed: of the draws.
-
-    Reference: Efron, "Bootstrap methods: another look at the jackknife", Annals of Statistics 7, 1979.
     """
     values: NDArray[np.float64] = np.asarray(differences, dtype=np.float64)
     assert values.ndim == 1 and len(values) >= 2, "an interval needs two values"
-    picks = np.random.default_rng(seed).integers(len(values), size=(NUM_RESAMPLES, len(values)))
-    tail = 100 * (1 - _LEVEL) / 2
-    low, high = np.percentile(values[picks].mean(axis=1), [tail, 100 - tail])
-    return float(low), float(high)
+    quantile = stdtrit(len(values) - 1, (1 + _LEVEL) / 2)
+    mean, half = values.mean(), quantile * values.std(ddof=1) / np.sqrt(len(values))
+    return float(mean - half), float(mean + half)
 
 
 def _row(
@@ -103,13 +102,29 @@ def _row(
         std_frac=float(values.std(ddof=1)) if len(values) > 1 else None,
         num_paired=len(pairs),
         difference_frac=_mean(differences),
-        interval_frac=bootstrap_interval(differences) if len(pairs) > 1 else None,
+        interval_frac=t_interval(differences) if len(pairs) > 1 else None,
         worst_class_recall_frac=_mean(recalls),
         num_steps=tuple(sorted({run.num_steps for run in runs})),
         teacher_top1_frac=teacher,
         teacher_was_sampled=was_sampled and teacher is not None,
         gap_ratio=_gap_ratio(pairs, teacher),
+        remarks=tuple(dict.fromkeys(_remarks(runs, pairs))),
     )
+
+
+def _remarks(runs: Sequence[FinishedRun], pairs: Sequence[tuple[FinishedRun, FinishedRun]]) -> Iterator[str]:
+    for run, other in pairs:
+        yield from other_settings(run.settings, other.settings)
+        sizes = run.micro_batch_size, other.micro_batch_size
+        if None not in sizes and sizes[0] != sizes[1]:
+            yield f"BatchNorm saw {sizes[0]} images at once instead of {sizes[1]}"
+    for what, values in (
+        ("teachers", {run.teacher_digest for run in runs}),
+        ("sets of training samples", {run.data_digest for run in runs}),
+        ("sizes of micro-batch", {run.micro_batch_size for run in runs} - {None}),
+    ):
+        if len(values) > 1:
+            yield f"{len(values)} {what} among its seeds"
 
 
 def _pair(run: FinishedRun, others: Sequence[FinishedRun], baseline: str) -> FinishedRun | None:

@@ -1,11 +1,11 @@
 """The comparison as a Markdown table; only columns in which there is something."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from skd_dist.comparison.runs import Measure
-from skd_dist.comparison.statistics import NUM_RESAMPLES, Row
+from skd_dist.comparison.statistics import Row
 
 _NOTHING = "-"
 _MAX_NAMED = 5
@@ -89,8 +89,8 @@ def _notes(rows: Sequence[Row], measure: Measure, baseline: str, unfinished: Seq
     notes = ["Mean ± standard deviation of the sample over seeds."]
     if any(row.interval_frac for row in rows):
         notes.append(
-            f"Differences are of the same seed. Interval: percentile bootstrap of the mean difference, {NUM_RESAMPLES} "
-            "resamples; with three seeds it is no more than the range of the differences."
+            "Differences are of the same seed. Interval: of their mean, Student's t. Seeds share teacher and training "
+            "samples, unless said otherwise, so that the luck of those is in neither spread nor interval."
         )
     if not any(row.cell.method == baseline for row in rows):
         notes.append(f"There is no run of {baseline} to compare with.")
@@ -100,11 +100,17 @@ def _notes(rows: Sequence[Row], measure: Measure, baseline: str, unfinished: Seq
         notes.append("(sample): the teacher's own run is not among these; measured on up to 1024 validation images.")
     if measure.split == "val":
         notes.append("Validation images: not all of these runs were measured on test images, or val was asked for.")
+    notes += [f"{method}: {remark}." for method, remark in dict.fromkeys(_remarks(rows))]
     if unfinished:
         named = ", ".join(Path(place).name for place in unfinished[:_MAX_NAMED])
         more = f" and {len(unfinished) - _MAX_NAMED} more" if len(unfinished) > _MAX_NAMED else ""
         notes.append(f"Left out, for they have not finished: {named}{more}.")
     return notes
+
+
+def _remarks(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
+    for row in rows:
+        yield from ((row.cell.method, remark) for remark in row.remarks)
 
 
 def _ends(values: Sequence[int]) -> list[int]:

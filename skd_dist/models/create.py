@@ -97,9 +97,18 @@ def weights_digest(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _file_state(source: str, *, what: str) -> dict[str, Any]:
-    if not Path(source).is_file():
+def check_source(source: str, *, what: str) -> None:
+    """Refuse weights that are nowhere, before anything is built for them; arguments as of `load_weights`.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    if source != PRETRAINED and not Path(source).is_file():
         raise UserError(f"{what} not found", got=source, expected=f"a file, or {PRETRAINED}")
+
+
+def _file_state(source: str, *, what: str) -> dict[str, Any]:
+    check_source(source, what=what)
     try:
         state: dict[str, Any] = load_state_dict(source, weights_only=True)
     except UNREADABLE as error:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from skd_dist.config import RunConfig
+from skd_dist.errors import UserError
 from skd_dist.methods import find_method
 from skd_dist.study.budget import check_equal_budgets, with_published_budget
 from skd_dist.study.config import NONE, SELF, StudyConfig, check_study, split_method
@@ -30,9 +31,15 @@ def cells_of(study: StudyConfig) -> list[RunConfig]:
     cells: dict[str, RunConfig] = {}
     for imbalance, label_noise in product(study.imbalances, study.label_noises):
         setting = _Setting(study=study, label_noise=label_noise, imbalance=imbalance)
-        runs = [*setting.teachers(), *setting.students()]
-        # One name is one cell: a method without a teacher comes up for each of them, with equal steps.
-        cells |= {run.name: run for run in runs if run.name not in cells}
+        for run in (*setting.teachers(), *setting.students()):
+            # A method without a teacher comes up for each of them, with equal steps: the first is the cell.
+            first = cells.setdefault(run.name, run)
+            if first != dataclasses.replace(run, teacher=first.teacher):
+                raise UserError(
+                    "two cells have the same name",
+                    got=f"{run.name}: fractions {first.fraction} and {run.fraction}",
+                    do="choose fractions that differ in their first six digits",
+                )
     return list(cells.values())
 
 

@@ -15,7 +15,7 @@ from skd_dist.data.imbalance import parse_imbalance
 from skd_dist.data.label_noise import parse_label_noise
 from skd_dist.duration import parse_duration
 from skd_dist.errors import UserError
-from skd_dist.methods import find_method
+from skd_dist.methods import find_method, method_identity
 from skd_dist.toy import toy
 
 Budget = Literal["equal", "published"]
@@ -42,7 +42,7 @@ class StudyConfig(RunConfig):
     imbalances: tuple[str, ...] = (NONE,)
     """As --imbalance of a single run, or none. The teacher has the same long tail."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of initial weights, order and augmentation of the students; the same for all methods."""
+    """Of initial weights, order and augmentation of the students; initial weights are the same for all methods."""
     budget: Budget = "equal"
     """equal: as many steps for every method; published: as the code of arXiv 1911.06786 has them, where it does."""
     baseline: str = "no_teacher"
@@ -95,12 +95,24 @@ def check_study(config: StudyConfig) -> None:
             raise UserError(f"{flag} is empty", expected="one value or more")
         if len(set(values)) != len(values):
             raise UserError(f"{flag} names a value twice", got=" ".join(map(str, values)))
+    _check_methods(config)
     for spec in set(config.label_noises) - {NONE}:
         parse_label_noise(spec)
     for spec in set(config.imbalances) - {NONE}:
         parse_imbalance(spec)
     parse_duration(config.teacher_duration)
     _check_teachers(config)
+
+
+def _check_methods(config: StudyConfig) -> None:
+    """Options in another order, or as they are by default, make no other method."""
+    first: dict[tuple[tuple[str, str | None], ...], str] = {}
+    for text in config.methods:
+        identity = tuple(method_identity(find_method(*split_method(text))).items())
+        other = first.setdefault(identity, text)
+        if other != text:
+            raise UserError("--methods names a method twice", got=f"{other} and {text}")
+    find_method(*split_method(config.baseline))
 
 
 def _check_teachers(config: StudyConfig) -> None:

@@ -1,10 +1,9 @@
 """A study as a recipe: flags, runs, and at the end the table of all finished cells."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from skd_dist.cli import main
-from skd_dist.comparison import Measure, choose_split, compare, exits_table, markdown_table, read_directories, to_runs
+from skd_dist.comparison import read_directories, report
 from skd_dist.config import RunConfig
 from skd_dist.data.atomic import atomic_file
 from skd_dist.study.cells import cells_of
@@ -36,18 +35,7 @@ def write_table(study: StudyConfig) -> None:
     Raises:
         UserError: they cannot be compared.
     """
-    table = table_of([study.run_dir], baseline=study.baseline)
+    table = report(read_directories([study.run_dir]), baseline=study.baseline)
     with atomic_file(study.run_dir / TABLE) as temporary:
         temporary.write_text(table)
     print(f"\n{table}", flush=True)
-
-
-def table_of(paths: Sequence[Path], *, baseline: str) -> str:
-    """The table of the runs in these directories."""
-    found = read_directories(paths)
-    measure = Measure(split=choose_split(found.records))
-    runs = to_runs(found.records, measure)
-    table = markdown_table(
-        compare(runs, baseline=baseline), measure=measure, baseline=baseline, unfinished=found.unfinished
-    )
-    return table + exits_table(found.records, runs, measure=measure, baseline=baseline)

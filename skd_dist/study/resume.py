@@ -5,18 +5,15 @@ student again, seconds or minutes for each of hundreds of cells.
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
 
+from skd_dist.comparison.runs import read_directory
+from skd_dist.comparison.settings import FILES
 from skd_dist.config import MAY_CHANGE_ON_RESUME, RunConfig
 from skd_dist.errors import UserError
+from skd_dist.methods import find_method
 from skd_dist.run_record import CONFIG
 from skd_dist.study.cells import checkpoint_of
-
-_FILES = frozenset(
-    ("train_shards", "val_shards", "test_shards", "train_keys", "teacher_checkpoint", "student_checkpoint")
-)
-"""Where data and weights lie, which may move; what is in them is for the runner to compare, where a run goes on."""
 
 
 def what_is_left(cells: Sequence[RunConfig]) -> list[RunConfig]:
@@ -26,12 +23,15 @@ def what_is_left(cells: Sequence[RunConfig]) -> list[RunConfig]:
         cells: a teacher before its students. All ranks come here before the first run begins, and see the same files.
 
     Raises:
-        UserError: a finished cell was run with other settings.
+        UserError: cells have begun and --resume-or-start was not given, or a finished one had other settings.
     """
-    may_go_on = any(cell.resume or cell.resume_or_start for cell in cells)
-    has_begun = any((cell.run_dir / CONFIG).exists() for cell in cells)
-    if not may_go_on or not has_begun:
+    begun = [cell for cell in cells if (cell.run_dir / CONFIG).exists()]
+    if not begun:
         return list(cells)  # with --resume the runner says that there is nothing to resume
+    if not any(cell.resume or cell.resume_or_start for cell in cells):
+        raise UserError(
+            f"{begun[0].run_dir} already holds a run", do="give --resume-or-start to go on, or another --run-dir"
+        )
     left: list[RunConfig] = []
     to_train: set[str] = set()
     for cell in cells:
@@ -45,16 +45,15 @@ def what_is_left(cells: Sequence[RunConfig]) -> list[RunConfig]:
 
 
 def _is_finished(cell: RunConfig) -> bool:
-    path = cell.run_dir / "summary.json"
-    return path.exists() and json.loads(path.read_text())["status"] == "finished"
+    return (cell.run_dir / CONFIG).exists() and read_directory(cell.run_dir)[1].get("status") == "finished"
 
 
 def _check_same(cell: RunConfig) -> None:
-    was, now = json.loads((cell.run_dir / CONFIG).read_text())["config"], cell.to_json()
+    was, now = read_directory(cell.run_dir)[0], cell.to_json()
+    # What is in files is for the table to compare; a method without a teacher has one for counting stages alone.
+    ignored = MAY_CHANGE_ON_RESUME | FILES | (set() if _learns_from_teacher(cell) else {"teacher"})
     differing = [
-        f"{name} {was[name]} -> {now[name]}"
-        for name in now.keys() & was.keys() - MAY_CHANGE_ON_RESUME - _FILES
-        if was[name] != now[name]
+        f"{name} {was[name]} -> {now[name]}" for name in now.keys() & was.keys() - ignored if was[name] != now[name]
     ]
     if differing:
         raise UserError(
@@ -62,3 +61,7 @@ def _check_same(cell: RunConfig) -> None:
             got=", ".join(sorted(differing)),
             do="give the flags of that study, or another --run-dir",
         )
+
+
+def _learns_from_teacher(cell: RunConfig) -> bool:
+    return find_method(cell.method, cell.method_options).needs_teacher

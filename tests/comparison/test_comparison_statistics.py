@@ -1,11 +1,9 @@
 """Means, spreads, differences, intervals and gaps against numbers worked out by hand."""
 
-from itertools import product
-
 import numpy as np
 import pytest
 
-from skd_dist.comparison import Measure, Record, Row, bootstrap_interval, compare, exits_table, markdown_table, to_runs
+from skd_dist.comparison import Measure, Record, Row, compare, exits_table, markdown_table, t_interval, to_runs
 from skd_dist.errors import UserError
 from tests.finished_runs import ALONE, config, summary
 
@@ -31,7 +29,7 @@ def test_numbers_by_hand() -> None:
     assert skd.mean_frac == pytest.approx(0.84)
     assert skd.std_frac == pytest.approx(0.04)  # sqrt((0.04^2 + 0 + 0.04^2) / 2)
     assert skd.difference_frac == pytest.approx((0.10 + 0.04 + 0.13) / 3)
-    assert skd.interval_frac == pytest.approx((0.04, 0.13))  # one resample in 27 has the lowest value three times
+    assert skd.interval_frac == pytest.approx((-0.0238, 0.2038), abs=1e-4)  # 0.09 +- 4.3027 * 0.045826 / sqrt(3)
     assert skd.worst_class_recall_frac == pytest.approx(0.42)
     assert skd.num_steps == (30,)
     assert (alone.difference_frac, alone.interval_frac, alone.num_paired) == (None, None, 0)
@@ -40,13 +38,12 @@ def test_numbers_by_hand() -> None:
     assert skd.gap_ratio == pytest.approx((0.84 - 0.75) / (0.95 - 0.75))
 
 
-def test_the_interval_is_that_of_all_resamples() -> None:
-    values = np.array([0.0, 0.1, 0.4, 0.9, 1.0])
-    means = [values[list(picks)].mean() for picks in product(range(5), repeat=5)]
-    expected = np.percentile(means, [2.5, 97.5])
-    assert bootstrap_interval(values) == pytest.approx(tuple(expected), abs=0.03)
-    assert bootstrap_interval(values) == bootstrap_interval(values)
-    assert bootstrap_interval([0.25, 0.25]) == (0.25, 0.25)
+def test_the_interval_holds_the_mean_in_95_of_100_cases_also_for_three_values() -> None:
+    draws = np.random.default_rng(0).normal(loc=2.0, scale=5.0, size=(4000, 3))
+    held = [low < 2.0 < high for low, high in map(t_interval, draws)]
+    assert np.mean(held) == pytest.approx(0.95, abs=0.01)
+    assert len(held) == 4000
+    assert t_interval([0.25, 0.25]) == (0.25, 0.25)
 
 
 def test_a_teacher_that_was_trained_here_is_measured_on_the_same_images() -> None:
@@ -94,7 +91,7 @@ def test_the_table() -> None:
         *("95 % interval", "worst class, %", "steps", "its teacher, %", "gap closed"),
     ]
     assert lines[3] == (
-        "| skd | small | big | 0.1 | 3 | 84.00 ± 4.00 | +9.00 | +4.00 to +13.00 | 42.00 | 30 | 95.00 (sample) | 0.45 |"
+        "| skd | small | big | 0.1 | 3 | 84.00 ± 4.00 | +9.00 | -2.38 to +20.38 | 42.00 | 30 | 95.00 (sample) | 0.45 |"
     )
     assert lines[2] == "| no_teacher | small | - | 0.1 | 3 | 75.00 ± 5.00 | - | - | 37.50 | 30 | - | - |"
     assert "Left out, for they have not finished: x." in lines
@@ -122,9 +119,9 @@ def test_the_table_of_exits() -> None:
     records = [Record(place=str(at), config=config(), summary=found) for at, found in enumerate(runs)]
     table = exits_table(records, to_runs(records, TEST), measure=TEST, baseline="no_teacher")
     assert table.splitlines()[3:6] == [
-        "| mskd | small | big | 0.1 | - | stage1 | 2 | 60.00 ± 0.00 | -15.00 | -20.00 to -10.00 | 100 | 1.0 |",
+        "| mskd | small | big | 0.1 | - | stage1 | 2 | 60.00 ± 0.00 | -15.00 | -78.53 to +48.53 | 100 | 1.0 |",
         "| mskd | small | big | 0.1 | - | last | 2 | 85.00 ± 7.07 | +10.00 | +10.00 to +10.00 | 200 | 2.0 |",
-        "| mskd | small | big | 0.1 | - | ensemble | 2 | 84.00 ± 2.83 | +9.00 | +6.00 to +12.00 | 300 | 3.0 |",
+        "| mskd | small | big | 0.1 | - | ensemble | 2 | 84.00 ± 2.83 | +9.00 | -29.12 to +47.12 | 300 | 3.0 |",
     ]
     assert len({row.count("|") for row in table.splitlines()[1:6]}) == 1
 
@@ -138,3 +135,22 @@ def test_a_table_without_the_baseline_says_so() -> None:
     table = markdown_table(rows_of(summary()), measure=TEST, baseline="no_teacher")
     assert "There is no run of no_teacher to compare with." in table
     assert "minus" not in table
+
+
+def test_what_else_differs_between_a_method_and_its_baseline_is_said() -> None:
+    alone = [config(lr=0.5, stage_duration="1steps"), summary(**ALONE, micro_batch_size=32)]
+    taught = [config(match="a=b", block_groups=1), summary(micro_batch_size=16, num_compared_samples=8)]
+    records = [Record(place=str(at), config=found[0], summary=found[1]) for at, found in enumerate((alone, taught))]
+    rows = compare(to_runs(records, TEST))
+    assert [row.remarks for row in rows] == [
+        (),
+        ("lr 0.01 instead of 0.5", "BatchNorm saw 16 images at once instead of 32"),
+    ]
+    assert "skd: lr 0.01 instead of 0.5." in markdown_table(rows, measure=TEST, baseline="no_teacher").splitlines()
+
+
+def test_seeds_that_do_not_share_teacher_or_samples_are_named() -> None:
+    other = {"name": "big", "digest": "U", "top1_frac": 0.9}
+    (row,) = rows_of(summary(), summary(seed=1, teacher=other, data_digest="e"), summary(seed=2))
+    assert row.remarks == ("2 teachers among its seeds", "2 sets of training samples among its seeds")
+    assert all(row.remarks == () for row in rows_of(*THREE_PAIRS))

@@ -10,9 +10,11 @@ import pytest
 from recipes.kd_study import config as kd_study
 from skd_dist.config import RunConfig
 from skd_dist.errors import UserError
+from skd_dist.job.launcher_env import read_world
 from skd_dist.methods import find_method
 from skd_dist.methods.hinton import Hinton
 from skd_dist.prepare import prepare_models, write_plan
+from skd_dist.runner import check_runs
 from skd_dist.study import StudyConfig, cells_of, toy_study
 
 BASE = dataclasses.replace(kd_study(), methods=("skd", "no_teacher"), fractions=(0.1,), seeds=(0, 1), run_dir=Path("r"))
@@ -165,6 +167,19 @@ def test_budgets() -> None:
             "test_vit: 5; study them apart",
         ),
         (
+            {"methods": ("hinton@alpha=0.5,temperature=2", "hinton@temperature=2,alpha=0.5")},
+            "--methods names a method twice; got hinton@alpha=0.5,temperature=2 and hinton@temperature=2,alpha=0.5",
+        ),
+        (
+            {"methods": ("skd", "skd@features=one_by_one")},
+            "--methods names a method twice; got skd and skd@features=one",
+        ),
+        ({"baseline": "no_techer"}, "unknown --method; got no_techer; expected skd"),
+        (
+            {"fractions": (0.3333333, 0.33333334)},
+            "two cells have the same name; got skd-skd_narrow_resnet26-skd_narrow_resnet10-f0.333333-s0: fract",
+        ),
+        (
             {"methods": ("rkd",), "budget": "published"},
             "--budget published: none is known for rkd; expected skd, no_teacher, simultaneous, hinton, at, hint_two",
         ),
@@ -182,6 +197,7 @@ def test_the_recipes_and_their_toys(name: str) -> None:
     cells = cells_of(module["config"]())
     assert all(cell.test_shards not in (None, cell.train_shards, cell.val_shards) for cell in cells)
     toys = cells_of(toy_study(module["config"]()))
+    check_runs(toys, world=read_world({}))
     assert {cell.train_shards for cell in toys} == {"digits:train"}
     assert {cell.val_shards for cell in toys} == {"digits:val"} and {cell.test_shards for cell in toys} == {
         "digits:test"

@@ -70,6 +70,43 @@ def test_finished_cells_are_left_alone_begun_ones_go_on_and_others_start(study: 
     assert all(cell.resume_or_start and not cell.resume for cell in left)
 
 
+def test_a_grid_may_grow_by_another_teacher(study: StudyConfig) -> None:
+    one = cells_of(study)
+    for cell in one:
+        run(cell)
+    grown = cells_of(dataclasses.replace(study, teachers=(*study.teachers, "skd_narrow_resnet10")))
+    left = what_is_left(grown)
+    assert {cell.name for cell in left} == {cell.name for cell in grown} - {cell.name for cell in one}
+    assert {cell.method for cell in left} == {"skd", "teacher_training"}
+    other = cells_of(dataclasses.replace(study, teachers=("skd_narrow_resnet10",)))
+    assert {cell.method for cell in what_is_left(other)} == {"skd", "teacher_training"}
+
+
+def test_a_study_that_has_begun_is_not_begun_again(study: StudyConfig) -> None:
+    cells = cells_of(dataclasses.replace(study, resume_or_start=False))
+    run(cells[-1], status=None)
+    with pytest.raises(UserError, match=r"-s1 already holds a run; give --resume-or-start to go on, or another --run"):
+        what_is_left(cells)
+
+
+def test_what_a_study_advises_does_not_make_it_another(study: StudyConfig) -> None:
+    cells = cells_of(study)
+    run(cells[0])
+    left = what_is_left(cells_of(dataclasses.replace(study, allow_untrained_teacher=True)))
+    assert numbers(cells, left) == [1, 2, 3, 4]
+
+
+def test_a_damaged_summary_is_one_line_and_a_run_that_lost_its_configuration_is_not_done(study: StudyConfig) -> None:
+    cells = cells_of(study)
+    for cell in cells[:3]:
+        run(cell)
+    (cells[2].run_dir / "config.json").unlink()
+    assert numbers(cells, what_is_left(cells)) == [2, 3, 4]
+    (cells[1].run_dir / "summary.json").write_text("{")
+    with pytest.raises(UserError, match=r"summary.json is damaged; got Expecting.*; restore it, or leave the run out"):
+        what_is_left(cells)
+
+
 def test_resume_does_the_same_but_not_from_nothing(study: StudyConfig) -> None:
     cells = cells_of(dataclasses.replace(study, resume=True, resume_or_start=False))
     assert what_is_left(cells) == cells and all(cell.resume for cell in cells)
@@ -77,12 +114,6 @@ def test_resume_does_the_same_but_not_from_nothing(study: StudyConfig) -> None:
     left = what_is_left(cells)
     assert numbers(cells, left) == [1, 2, 3, 4]
     assert all(cell.resume_or_start and not cell.resume for cell in left)
-
-
-def test_without_either_flag_the_runner_decides(study: StudyConfig) -> None:
-    cells = cells_of(dataclasses.replace(study, resume_or_start=False))
-    run(cells[0])
-    assert what_is_left(cells) == cells
 
 
 def test_a_student_whose_teacher_must_be_trained_again_is_not_done(study: StudyConfig) -> None:
@@ -145,21 +176,24 @@ def test_bad_flags_are_one_line(study: StudyConfig, capsys: pytest.CaptureFixtur
     ("flags", "message"),
     [
         (("--methods", "no_teacher", "fsp", "--students", "skd_narrow_resnet10", "skd_resnet10"), "fsp needs equal ch"),
+        (("--methods", "no_teacher", "fsp", "--students", "test_resnet", "--dry-run"), "fsp needs equal channels"),
         (("--methods", "no_teacher", "skd@input_from=teacher", "--fractions", "0.1", "0.001"), "smaller than one samp"),
+        (
+            ("--methods", "no_teacher", "hinton", "--teacher-checkpoint", "/nowhere"),
+            "teacher checkpoint not found; got",
+        ),
     ],
 )
-@pytest.mark.parametrize("dry_run", [(), ("--dry-run",)])
 def test_a_cell_that_cannot_be_run_ends_the_study_before_any_trains(
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
     flags: tuple[str, ...],
     message: str,
-    dry_run: tuple[str, ...],
 ) -> None:
     own = ("--toy", "--deepspeed-config", "none", "--teacher-ranks", "0", "--run-dir", str(tmp_path / "study"))
     with pytest.raises(SystemExit) as ended:
-        run_study(kd_study(), description="", argv=[*own, *flags, *dry_run])
+        run_study(kd_study(), description="", argv=[*own, *flags])
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("skd_dist: ")]
     assert ended.value.code == 2
-    assert re.match(rf"skd_dist: run \S+(-skd_resnet10-f0\.1|-f0\.001)-s0: .*{message}", line)
+    assert re.match(rf"skd_dist: run \S+-f0\S+-s0: .*{message}", line)
     assert not [path for path in tmp_path.rglob("*") if path.name in ("config.json", "journal.jsonl", "student")]

@@ -19,7 +19,7 @@ def study(tmp_path: Path) -> Path:
 def test_a_table_and_a_plot(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(study)]) == 0
     printed = capsys.readouterr().out
-    assert "| skd | small | big | 0.1 | 2 | 85.00 ± 7.07 | +15.00 | +10.00 to +20.00 |" in printed
+    assert "| skd | small | big | 0.1 | 2 | 85.00 ± 7.07 | +15.00 | -48.53 to +78.53 |" in printed
     assert main([str(study), "--out", str(tmp_path / "t.md"), "--plot", str(tmp_path / "p.png")]) == 0
     assert capsys.readouterr().out == ""
     assert (tmp_path / "t.md").read_text() == printed
