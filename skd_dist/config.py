@@ -64,6 +64,8 @@ class RunConfig:
     """Training augmentation: resized_crop (ImageNet), crop_flip (CIFAR), shift (digits) or none."""
     fraction: float = 1.0
     """Share of the training samples that is used, 0 < f <= 1; class-balanced, nested."""
+    fraction_seed: int = 0
+    """Which samples fraction, hold-out and tail hold and which labels are wrong; the same for every --seed."""
     train_keys: str | None = None
     """File that names the training samples, one key or image name per line; --fraction is taken of these."""
     val_holdout: float | None = None
@@ -155,8 +157,6 @@ class RunConfig:
     """Of the learning rate, inside every stage."""
     weight_decay: tyro.conf.Suppress[float] = 0.0
     """Of what trains in a stage, and of nothing else."""
-    fraction_seed: tyro.conf.Suppress[int] = 0
-    """Which samples fraction, hold-out and tail hold and which labels are wrong; the same for every --seed."""
     engine: tyro.conf.Suppress[Literal["deepspeed", "accelerate"]] = "deepspeed"
     """accelerate: what trains a teacher."""
     student_checkpoint: tyro.conf.Suppress[str | None] = None

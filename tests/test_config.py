@@ -30,6 +30,7 @@ FLAGS = [
     "--image-size",
     "--augment",
     "--fraction",
+    "--fraction-seed",
     "--train-keys",
     "--val-holdout",
     "--label-noise",
