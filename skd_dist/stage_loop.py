@@ -109,6 +109,7 @@ def run_stage(
     until: int,
     report_at: int | None = None,
     seed: int,
+    student_rank: int,
     global_batch_size: int,
     grad_accum_steps: int,
     device: torch.device,
@@ -127,7 +128,9 @@ def run_stage(
         progress: where the stage stands; carried on.
         until: the step to stop before, at least `progress.step`.
         report_at: steps after which a report comes whatever `report_every` says; None: `until`.
-        seed: of the run, for what a step draws: a function of the step, so that a resumed run draws it again.
+        seed: of the run, for what a micro-batch draws: a function of its place in the global batch, so that a resumed
+            run and one with another number of students draw it again.
+        student_rank: which of the global batch's micro-batches are this student's: the loader numbers them alike.
         report_every: steps between reports, > 0.
         interruptions: saving and stopping.
         cohort: the way to the other peers, where the stage exchanges logits with them.
@@ -152,7 +155,8 @@ def run_stage(
             batch = to_device(batch, device)
             given: Outputs = fed_features(stage, targets)
             if step < stage.attack_steps:
-                attack_seed = derive_seed("attack", seed, stage.index, step, micro_step)
+                micro_index = student_rank * grad_accum_steps + micro_step
+                attack_seed = derive_seed("attack", seed, stage.index, step, micro_index)
                 near, targets = boundary_inputs(engine, ask, batch, targets, seed=attack_seed)
                 given = {**given, **near}
             outputs = engine.forward(batch.images, given)

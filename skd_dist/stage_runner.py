@@ -84,6 +84,7 @@ def train_stage(side: StudentSide, stage: StageSpec, state: State) -> Turns[Stag
                     until=until,
                     report_at=stop,
                     seed=config.seed,
+                    student_rank=side.student_rank,
                     global_batch_size=shape.global_batch_size,
                     grad_accum_steps=shape.grad_accum_steps,
                     device=side.device,

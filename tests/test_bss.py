@@ -147,8 +147,16 @@ class WatchedLink(InlineLink):
 class Journey:
     """Some steps of BSS on one batch, again and again, with the labels that the teacher gives."""
 
-    def __init__(self, link: WatchedLink | None = None, stage: StageSpec = STAGE) -> None:
+    def __init__(
+        self,
+        link: WatchedLink | None = None,
+        stage: StageSpec = STAGE,
+        *,
+        student_rank: int = 0,
+        grad_accum_steps: int = 2,
+    ) -> None:
         self.link, self.stage = link or WatchedLink(), stage
+        self.student_rank, self.grad_accum_steps = student_rank, grad_accum_steps
         self.module = build_stage_module(
             cut=CUT, stage=stage, teacher_cut=CUT, frozen_batchnorm="eval", seed=0, start_from=None
         )
@@ -159,7 +167,7 @@ class Journey:
             self.module,
             optimizer=stage.optimizer,
             micro_batch_size=NUM_IMAGES,
-            grad_accum_steps=2,
+            grad_accum_steps=grad_accum_steps,
             num_students=1,
             device=CPU,
         )
@@ -175,13 +183,14 @@ class Journey:
             self.stage,
             engine=self.engine,
             method=Bss(),
-            batches=islice(repeat(self.batch), 2 * (until - self.progress.step)),
+            batches=islice(repeat(self.batch), self.grad_accum_steps * (until - self.progress.step)),
             ask=AskAhead(self.link, depth=depth),
             progress=self.progress,
             until=until,
             seed=SEED,
-            global_batch_size=2 * NUM_IMAGES,
-            grad_accum_steps=2,
+            student_rank=self.student_rank,
+            global_batch_size=self.grad_accum_steps * NUM_IMAGES,
+            grad_accum_steps=self.grad_accum_steps,
             device=CPU,
             report_every=1,
             on_report=lambda step, values: self.reports.append(dict(values)),
@@ -230,6 +239,16 @@ def test_the_same_again_in_pieces_and_whatever_runs_ahead(stops: tuple[int, ...]
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
     expected = [derive_seed("attack", SEED, 0, step, micro_step) for step in range(6) for micro_step in range(2)]
     assert pieces.link.seeds == whole.link.seeds == expected and len(set(expected)) == 12
+
+
+@pytest.mark.parametrize("num_students", [2, 4])
+def test_the_seeds_of_attacks_do_not_depend_on_the_number_of_students(num_students: int) -> None:
+    """Each student asks for its micro-batches of a global batch of four, none for another's."""
+    alone = Journey(grad_accum_steps=4).train(2).link.seeds
+    own = 4 // num_students
+    seeds = [Journey(student_rank=rank, grad_accum_steps=own).train(2).link.seeds for rank in range(num_students)]
+    by_step = [seeds[rank][step * own + a] for step in range(2) for rank in range(num_students) for a in range(own)]
+    assert by_step == alone and len(set(alone)) == 8
 
 
 class GivingUp(NoInterruptions):

@@ -93,6 +93,7 @@ class Journey:
             progress=self.progress,
             until=until,
             seed=0,
+            student_rank=0,
             global_batch_size=self.micro_size * self.grad_accum_steps,
             grad_accum_steps=self.grad_accum_steps,
             device=CPU,

@@ -171,6 +171,7 @@ def measure_loop(scene: Scene, link: TeacherLink) -> Callable[[], list[float]]:
             progress=StageProgress(),
             until=scene.steps,
             seed=0,
+            student_rank=0,
             global_batch_size=len(scene.batch.keys),
             grad_accum_steps=1,
             device=torch.device("cpu"),
