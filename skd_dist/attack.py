@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from skd_dist.contracts import Attack
 from skd_dist.data.seeds import SmallRandom
+from skd_dist.losses import unit_rows
 
 MAX_SAMPLES = 64
 """Of a micro-batch, in the authors' code of a batch of 256."""
@@ -29,6 +30,9 @@ OVERSHOOT = 1e-4
 CLAMP = 2.5
 """Largest absolute value of a moved image, in the teacher's normalised space. With the usual means and deviations
 nearly all that a photograph can hold; where they are wider (0.5 and 0.5) pixels may leave 0..255."""
+
+NO_DIRECTION = 1e-18
+"""A gradient that is not longer moves nothing: its squares leave float32, and with them its direction is lost."""
 
 BOUNDARY = "boundary"
 """The student's logits [M, K] at boundary samples, among its outputs."""
@@ -136,8 +140,8 @@ def move_to_boundary(network: Network, images: Tensor, labels: Tensor, targets: 
         moves = used & (logits.argmax(1) == labels)
         if not moves.any():
             break
-        length = gradient.flatten(1).norm(dim=1).clamp_min(torch.finfo(gradient.dtype).tiny)
-        factor = STEP_SIZE * (margin.detach()[:, 0] + OVERSHOOT) / length
-        nearer = (images.detach() + factor[:, None, None, None] * gradient).clamp(-CLAMP, CLAMP)
+        direction = unit_rows(gradient.flatten(1), floor=NO_DIRECTION).view_as(gradient)
+        length = STEP_SIZE * (margin.detach() + OVERSHOOT)
+        nearer = (images.detach() + length[:, :, None, None] * direction).clamp(-CLAMP, CLAMP)
         images = torch.where(moves[:, None, None, None], nearer, images.detach())
     return images.detach()

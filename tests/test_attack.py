@@ -158,6 +158,18 @@ def test_a_sample_that_has_crossed_or_has_no_gradient_stays() -> None:
     assert torch.equal(move_to_boundary(Linear(), crossed, labels, targets, always), crossed)
 
 
+@pytest.mark.parametrize("slope", [0.0, 1e-22, 1e-25])
+def test_a_teacher_that_hardly_looks_at_an_image_moves_nothing(slope: float) -> None:
+    """However sure it is."""
+
+    def nearly_constant(images: Tensor) -> Tensor:
+        return torch.tensor([20.0, 0.0]) + slope * images.flatten(1)[:, :2]
+
+    images = torch.linspace(-2, 2, 24).view(2, 3, 2, 2)
+    labels, targets = torch.zeros(2, dtype=torch.int64), torch.ones(2, dtype=torch.int64)
+    assert torch.equal(move_to_boundary(nearly_constant, images, labels, targets, labels == 0), images)
+
+
 PROBABILITIES = torch.tensor(
     [
         [0.8, 0.1, 0.1],  # right, differs by 0.01 + 0
