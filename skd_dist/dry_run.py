@@ -15,10 +15,10 @@ from skd_dist.config import RunConfig
 from skd_dist.data.selection import describe_steps
 from skd_dist.errors import named
 from skd_dist.models.cost import GroupCost, exit_costs, group_costs
-from skd_dist.models.cut import HEAD, ModelCut
+from skd_dist.models.cut import ModelCut
 from skd_dist.models.exits import EXITS, group_of, is_exit
 from skd_dist.peers import take_part
-from skd_dist.plan import LOGITS, StageSpec
+from skd_dist.plan import HEAD, LOGITS, StageSpec
 from skd_dist.prepare import Prepared, SplitStage, prepare_run
 from skd_dist.roles import RoleMap, World
 from skd_dist.runner import roles_of

@@ -10,14 +10,17 @@ are compared; a *stage* is one training phase with one engine, one optimizer and
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from skd_dist.errors import UserError
 
 LOGITS = "logits"
-"""Name of the classifier output in requests to the teacher; every other name is a group."""
+"""Name of the classifier output in requests to the teacher; every other name is a group, or an exit behind one."""
+
+HEAD = "head"
+"""The last group of every network. Its output is LOGITS; it has no feature."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,7 +135,11 @@ class StagePlan:
 
 
 def check_plan(
-    plan: StagePlan, *, student_groups: Mapping[str, Sequence[str]], teacher_groups: Sequence[str] | None
+    plan: StagePlan,
+    *,
+    student_groups: Mapping[str, Sequence[str]],
+    teacher_groups: Sequence[str] | None,
+    teacher_exits: Sequence[str] = (),
 ) -> None:
     """Refuse a plan that cannot be trained, before any tensor exists.
 
@@ -140,45 +147,66 @@ def check_plan(
         plan: what a method wrote.
         student_groups: group name -> names of the student's parameters in it.
         teacher_groups: names of the teacher's groups; None where the run has no teacher.
+        teacher_exits: names of the outputs of the exits that such a teacher can have.
 
     Raises:
-        UserError: a parameter trained in no stage or in two, an unknown group, a tap without a teacher, an empty plan.
+        UserError: a parameter trained in no stage or in two, an unknown group or output, a feature of a head, two taps
+            at one teacher group, a tap without a teacher, an empty plan.
     """
     if not plan.stages:
         raise UserError(f"method {plan.method} wrote a plan without stages", do="check the method")
     for position, stage in enumerate(plan.stages):
         if stage.index != position:
             raise UserError(f"stage {stage.name}: wrong index", got=stage.index, expected=position)
-        _check_names(stage, student_groups, teacher_groups)
+        _check_trained(stage, student_groups)
+        if stage.teacher_outputs and teacher_groups is None:
+            raise UserError(f"stage {stage.name} needs a teacher", do="give --teacher")
+        _check_outputs(stage, _features(student_groups), _features(teacher_groups or ()), teacher_exits)
     _check_coverage(plan, student_groups)
 
 
-def _check_names(
-    stage: StageSpec, student_groups: Mapping[str, Sequence[str]], teacher_groups: Sequence[str] | None
-) -> None:
-    known = ", ".join(student_groups)
-    for group in (*stage.trains, *(pair.student for pair in stage.pairs), *stage.student_features):
-        if group not in student_groups:
-            raise UserError(f"stage {stage.name}: the student has no such group", got=group, expected=known)
+def _features(groups: Iterable[str]) -> list[str]:
+    return [name for name in groups if name != HEAD]
+
+
+def _check_trained(stage: StageSpec, student_groups: Mapping[str, Sequence[str]]) -> None:
+    _refuse_unknown(f"stage {stage.name}: the student has no such group", stage.trains, student_groups)
     if not any(student_groups[group] for group in stage.trains):
         raise UserError(
             f"stage {stage.name}: nothing to train", got=list(stage.trains), expected="groups with parameters"
         )
-    if stage.teacher_outputs and teacher_groups is None:
-        raise UserError(f"stage {stage.name} needs a teacher", do="give --teacher")
+
+
+def _check_outputs(
+    stage: StageSpec, student_features: Sequence[str], teacher_features: Sequence[str], teacher_exits: Sequence[str]
+) -> None:
+    """What is asked of the two networks."""
+    own = [*(pair.student for pair in stage.pairs), *stage.student_features]
+    _refuse_unknown(f"stage {stage.name}: the student has no such feature", own, student_features)
+    others = [pair.teacher for pair in stage.pairs]
+    _refuse_unknown(f"stage {stage.name}: the teacher has no such feature", others, teacher_features)
+    outputs = [*teacher_features, *teacher_exits, LOGITS]
+    _refuse_unknown(f"stage {stage.name}: the teacher has no such output", stage.teacher_extra, outputs)
+    _refuse_repeated(f"stage {stage.name}: two taps at one teacher group", [tap.teacher for tap in stage.taps])
+    _refuse_repeated(f"stage {stage.name}: two feeds at one student group", [feed.student for feed in stage.feeds])
     if stage.attack_steps and not (stage.student_logits and stage.teacher_logits):
         raise UserError(
             f"stage {stage.name} attacks the teacher",
             got="no logits of both networks",
             expected="student_logits and teacher_logits",
         )
-    for pair in stage.pairs:
-        if pair.teacher not in (teacher_groups or ()):
-            raise UserError(
-                f"stage {stage.name}: the teacher has no such group",
-                got=pair.teacher,
-                expected=", ".join(teacher_groups or ()),
-            )
+
+
+def _refuse_unknown(what: str, names: Iterable[str], known: Collection[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise UserError(what, got=name, expected=", ".join(known))
+
+
+def _refuse_repeated(what: str, names: Sequence[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(what, got=name, expected="each group once")
 
 
 def _check_coverage(plan: StagePlan, student_groups: Mapping[str, Sequence[str]]) -> None:

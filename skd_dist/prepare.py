@@ -13,6 +13,7 @@ from skd_dist.contracts import Method, PlanContext
 from skd_dist.duration import parse_duration
 from skd_dist.methods import find_method
 from skd_dist.models.cut import ModelCut, cut_model
+from skd_dist.models.exits import exit_groups, exit_output
 from skd_dist.models.matching import match_groups
 from skd_dist.plan import StagePlan, StageSpec, check_plan
 from skd_dist.splits import OpenSplits, Splits, prepare_splits
@@ -148,6 +149,7 @@ def write_plan(config: RunConfig, models: Models, method: Method, *, samples_per
         plan,
         student_groups={group.name: group.parameters for group in models.student.groups},
         teacher_groups=context.teacher_groups,
+        teacher_exits=[exit_output(group) for group in exit_groups(context.teacher_groups or ())],
     )
     check_ensemble(plan, models.teachers)
     return plan

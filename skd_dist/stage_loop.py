@@ -17,7 +17,7 @@ import torch
 from skd_dist.boundary import boundary_inputs
 from skd_dist.contracts import Batch, Engine, LossTerms, Method, Outputs
 from skd_dist.data.seeds import derive_seed
-from skd_dist.errors import UserError
+from skd_dist.errors import UserError, named
 from skd_dist.link.ask_ahead import AskAhead
 from skd_dist.link.cohort import CohortLink
 from skd_dist.meters import Meter, sum_over_students
@@ -136,8 +136,8 @@ def run_stage(
         cohort: the way to the other peers, where the stage exchanges logits with them.
 
     Raises:
-        UserError: the loss is not finite, no teacher is left, or too many samples are bad; no student has updated then.
-            Another peer is gone, or elsewhere.
+        UserError: a loss term is not one value per sample, the loss is not finite, no teacher is left, or too many
+            samples are bad; no student has updated then. Another peer is gone, or elsewhere.
     """
     stream = ask.stream(batches, stage.teacher_outputs)
     ask.stats()
@@ -166,7 +166,8 @@ def run_stage(
             if stage.exchanges:
                 targets = with_peers(targets, cohort, outputs, batch)
             terms = method.loss(stage, outputs, targets, batch, progress_frac=step / stage.num_steps)
-            loss = masked_mean(terms, batch.valid)
+            with named(f"method {method.name}, stage {stage.name}"):
+                loss = masked_mean(terms, batch.valid)
             engine.backward(loss)
             micro_losses.append(loss.detach())
             seen.append((terms, batch))

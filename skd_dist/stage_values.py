@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from skd_dist.contracts import Batch, LossTerms, Outputs
+from skd_dist.errors import UserError
 from skd_dist.link.cohort import CohortLink
 from skd_dist.losses import feature_moments
 from skd_dist.meters import Meter
@@ -22,12 +23,18 @@ def masked_mean(terms: LossTerms, valid: Tensor) -> Tensor:
 
     The divisor is the number of slots, not of valid ones: students with unequal numbers of valid samples must still
     weigh every sample alike when their gradients are averaged.
+
+    Raises:
+        UserError: a term, of a method of the user's, is not one value per sample.
     """
     total = torch.zeros((), dtype=torch.float32, device=valid.device)
     for name, term in terms.items():
-        assert term.per_sample.shape == valid.shape, (
-            f"{name} is not one value per sample: {tuple(term.per_sample.shape)}"
-        )
+        if term.per_sample.shape != valid.shape:
+            raise UserError(
+                f"loss term {name} is not one value per sample",
+                got=f"shape {tuple(term.per_sample.shape)}",
+                expected=tuple(valid.shape),
+            )
         kept = torch.where(valid, term.per_sample, torch.zeros_like(term.per_sample))
         total = total + term.weight * kept.sum() / valid.numel()
     return total

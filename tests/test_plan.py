@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from skd_dist.errors import UserError
-from skd_dist.plan import LOGITS, OptimizerSpec, StagePlan, StageSpec, Tap, check_plan
+from skd_dist.plan import LOGITS, Feed, OptimizerSpec, StagePlan, StageSpec, Tap, check_plan
 
 GROUPS = {"stem": ("conv.weight",), "stage1": ("layer.weight", "layer.bias"), "head": ("fc.weight",)}
 
@@ -18,6 +18,7 @@ def plan_of(*stages: StageSpec) -> StagePlan:
     return StagePlan(method="test", stages=stages)
 
 
+TAP, FEED = Tap(student="stem", teacher="stem"), Feed(student="stem", teacher="stem")
 GOOD = plan_of(
     stage(0, "stem", ("stem",), taps=(Tap(student="stem", teacher="stem"),)),
     stage(1, "stage1", ("stage1",), taps=(Tap(student="stage1", teacher="stage2"),)),
@@ -25,12 +26,13 @@ GOOD = plan_of(
 )
 
 
-def check(plan: StagePlan, teacher: tuple[str, ...] | None = ("stem", "stage2")) -> None:
-    check_plan(plan, student_groups=GROUPS, teacher_groups=teacher)
+def check(plan: StagePlan, teacher: tuple[str, ...] | None = ("stem", "stage2", "head")) -> None:
+    check_plan(plan, student_groups=GROUPS, teacher_groups=teacher, teacher_exits=("exit/stem",))
 
 
 def test_a_good_plan_passes() -> None:
     check(GOOD)
+    check(plan_of(stage(0, "a", tuple(GROUPS), taps=(TAP,), teacher_extra=("stem", "stage2", "exit/stem", LOGITS))))
 
 
 @pytest.mark.parametrize(
@@ -50,7 +52,38 @@ def test_a_good_plan_passes() -> None:
         ),
         (
             plan_of(stage(0, "a", tuple(GROUPS), taps=(Tap(student="stem", teacher="stage9"),))),
-            "stage a: the teacher has no such group; got stage9; expected stem, stage2",
+            "stage a: the teacher has no such feature; got stage9; expected stem, stage2$",
+        ),
+        (
+            plan_of(stage(0, "a", tuple(GROUPS), taps=(Tap(student="head", teacher="head"),))),
+            "stage a: the student has no such feature; got head; expected stem, stage1$",
+        ),
+        (
+            plan_of(stage(0, "a", tuple(GROUPS), taps=(Tap(student="stem", teacher="head"),))),
+            "stage a: the teacher has no such feature; got head; expected stem, stage2$",
+        ),
+        (
+            plan_of(stage(0, "a", tuple(GROUPS), taps=(Tap(student="stem", teacher="exit/stem"),))),
+            "stage a: the teacher has no such feature; got exit/stem; expected stem, stage2$",
+        ),
+        (
+            plan_of(stage(0, "a", tuple(GROUPS), student_features=("head",))),
+            "stage a: the student has no such feature; got head; expected stem, stage1$",
+        ),
+        *(
+            (
+                plan_of(stage(0, "a", tuple(GROUPS), teacher_extra=(name,))),
+                f"stage a: the teacher has no such output; got {name}; expected stem, stage2, exit/stem, logits$",
+            )
+            for name in ("head", "stage9", "exit/stage2")
+        ),
+        (
+            plan_of(stage(0, "a", tuple(GROUPS), taps=(TAP, dataclasses.replace(TAP, student="stage1")))),
+            "stage a: two taps at one teacher group; got stem; expected each group once$",
+        ),
+        (
+            plan_of(stage(0, "a", tuple(GROUPS), feeds=(FEED, dataclasses.replace(FEED, teacher="stage2")))),
+            "stage a: two feeds at one student group; got stem; expected each group once$",
         ),
     ],
 )
@@ -67,7 +100,7 @@ def test_a_plan_may_say_that_it_trains_parameters_again() -> None:
 
 
 def test_features_for_a_companion_must_be_groups_of_the_student() -> None:
-    with pytest.raises(UserError, match="stage a: the student has no such group; got stage7"):
+    with pytest.raises(UserError, match="stage a: the student has no such feature; got stage7"):
         check(plan_of(stage(0, "a", tuple(GROUPS), student_features=("stage7",), student_logits=True)))
 
 

@@ -4,17 +4,18 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 import torch
 
-from skd_dist.contracts import Batch, LossTerm, Outputs, TeacherLink
+from skd_dist.contracts import Batch, LossTerm, LossTerms, Method, Outputs, TeacherLink
 from skd_dist.engines import EngineSpec, make_engine
 from skd_dist.errors import NoTeacherError, UserError
 from skd_dist.link.ask_ahead import AskAhead
 from skd_dist.link.inline import InlineLink
 from skd_dist.methods import find_method
+from skd_dist.methods.skd import Skd
 from skd_dist.models.create import create_model
 from skd_dist.models.cut import cut_model
 from skd_dist.plan import OptimizerSpec, StageSpec, Tap
@@ -59,7 +60,15 @@ def module(stage: StageSpec = STAGE) -> StageModule:
 class Journey:
     """One training of some steps on a fresh engine or, given a previous one, on its engine."""
 
-    def __init__(self, stage: StageSpec = STAGE, *, micro_size: int = 4, grad_accum_steps: int = 1) -> None:
+    def __init__(
+        self,
+        stage: StageSpec = STAGE,
+        *,
+        micro_size: int = 4,
+        grad_accum_steps: int = 1,
+        method: Method | None = None,
+    ) -> None:
+        self.method = method or find_method("skd")
         self.stage, self.micro_size, self.grad_accum_steps = stage, micro_size, grad_accum_steps
         self.module = module(stage)
         self.progress = StageProgress()
@@ -87,7 +96,7 @@ class Journey:
         run_stage(
             self.stage,
             engine=self.engine,
-            method=find_method("skd"),
+            method=self.method,
             batches=islice(source, self.progress.step * self.grad_accum_steps, None),
             ask=AskAhead(link or InlineLink(teacher().answer), depth=depth),
             progress=self.progress,
@@ -249,6 +258,23 @@ def test_a_loss_that_is_not_finite_stops_before_the_update() -> None:
         "student 1: from another student; nothing was updated; lower --lr, or look at these samples"
     )
     assert journey.progress.step == step
+
+
+class Summed(Skd):
+    """A mistake of a method's: its terms are reduced already."""
+
+    def loss(self, *args: Any, **kwargs: Any) -> LossTerms:
+        terms = super().loss(*args, **kwargs)
+        return {name: LossTerm(term.per_sample.sum()) for name, term in terms.items()}
+
+
+def test_a_term_that_is_reduced_already_is_refused_by_name() -> None:
+    with pytest.raises(UserError) as caught:
+        Journey(method=Summed()).train()
+    assert caught.value.line == (
+        "method skd, stage stage1: loss term feature_mse/stage1 is not one value per sample; got shape (); "
+        "expected (4,)"
+    )
 
 
 def test_masked_mean_ignores_invalid_slots_but_divides_by_all() -> None:

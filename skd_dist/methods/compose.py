@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from skd_dist.contracts import Batch, LossTerms, Method, Outputs, PlanContext, StageModels
 from skd_dist.errors import UserError
 from skd_dist.methods.base import BaseMethod
-from skd_dist.plan import StagePlan, StageSpec
+from skd_dist.plan import HEAD, StagePlan, StageSpec
 
-_HEAD = ("head",)
+_HEAD = (HEAD,)
 
 
 @dataclass(frozen=True, slots=True)

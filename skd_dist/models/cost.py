@@ -10,8 +10,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from skd_dist.models.build import build
-from skd_dist.models.cut import HEAD, FeatureShape, ModelCut, run_cut
+from skd_dist.models.cut import FeatureShape, ModelCut, run_cut
 from skd_dist.models.exits import ENSEMBLE, LAST, Exits
+from skd_dist.plan import HEAD
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

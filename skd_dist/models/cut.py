@@ -21,9 +21,8 @@ from skd_dist.errors import UserError
 from skd_dist.models.build import build, timm_refusals
 from skd_dist.models.features import FeatureEnd, FeatureShape, ask_features, find_ends, probe_features
 from skd_dist.models.partition import split_buffers, split_modules, split_parameters
-from skd_dist.plan import LOGITS
+from skd_dist.plan import HEAD, LOGITS
 
-HEAD = "head"
 STEM = "stem"
 
 

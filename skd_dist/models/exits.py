@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from skd_dist.models.create import load_weights
-from skd_dist.models.cut import HEAD, STEM, ModelCut
+from skd_dist.models.cut import STEM, ModelCut
 from skd_dist.models.features import FeatureShape
+from skd_dist.plan import HEAD
 
 EXITS = "exits"
 """What the exits of a network are called as a file, beside the file of the network."""

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skd_dist.models.cut import HEAD, Group, ModelCut
+from skd_dist.models.cut import Group, ModelCut
 from skd_dist.models.features import find_ends
+from skd_dist.plan import HEAD
 
 MIN_CHANNELS_LAST_PIXELS = 7
 """Smallest side of a map that a CPU handles channels_last."""

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from skd_dist.errors import UserError
-from skd_dist.models.cut import HEAD, ModelCut, run_cut
+from skd_dist.models.cut import ModelCut, run_cut
 from skd_dist.models.features import find_ends
 from skd_dist.models.probe import NUM_PROBE_IMAGES, lively_copy, probe_images
-from skd_dist.plan import LOGITS
+from skd_dist.plan import HEAD, LOGITS
 
 _REFUSALS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What a network raises that is run in a way it was not written for."""
