@@ -147,6 +147,14 @@ def test_a_listing_with_labels_alone_is_the_first_method() -> None:
             "^--method skd,at: at cannot train a head alone; got a loss that needs more than the logits; expect",
         ),
         ("skd,rkd", "^--method skd,rkd: rkd cannot train a head alone; got a loss that needs more than the logits"),
+        (
+            "skd,fsp",
+            "^--method skd,fsp: a head takes only the last stage of fsp; got what it learns from the teacher in stage "
+            "fsp; expected second a method that asks the teacher in its last stage or not at all, such as hinton$",
+        ),
+        ("skd,fitnet fitnet.two_phase=true", "takes only the last stage of fitnet; got .* in stage hint; expected sec"),
+        ("skd,hint_two_phase", "takes only the last stage of hint_two_phase; got .* in stage hint; expected second"),
+        ("skd,sskd", "takes only the last stage of sskd; got .* in stage stem, stage1, stage2, stage3, stage4; expec"),
         ("skd,skd", "^--method lists what cannot be put together; got skd,skd; expected two different methods$"),
         ("skd,at,hinton", "^--method lists what cannot be put together; got skd,at,hinton; expected two different"),
         ("skd,", "^unknown --method; got nothing; expected skd, "),
@@ -154,7 +162,7 @@ def test_a_listing_with_labels_alone_is_the_first_method() -> None:
 )
 def test_what_cannot_be_listed_is_refused(name: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        find_method(name).plan(CONTEXT)
+        find_method(*name.split(maxsplit=1)).plan(CONTEXT)
 
 
 @pytest.fixture

@@ -52,12 +52,13 @@ class Composition(BaseMethod):
         """The first method's plan with another objective for the head.
 
         Raises:
-            UserError: the first has no head stage of its own, or the second needs more than the head to move.
+            UserError: the first has no head stage of its own, or the second needs more than the head to move, or more
+            than its last stage to learn from the teacher.
         """
-        body, last = self.body.plan(context), self.head.plan(context).stages[-1]
+        body, head_plan = self.body.plan(context), self.head.plan(context)
         self._check_body(body)
-        self._check_head(last)
-        own = body.stages[-1]
+        self._check_head(head_plan)
+        own, last = body.stages[-1], head_plan.stages[-1]
         head = dataclasses.replace(
             last,
             index=own.index,
@@ -92,11 +93,19 @@ class Composition(BaseMethod):
                 expected="first a method whose last stage alone trains the head and nothing else, such as skd",
             )
 
-    def _check_head(self, last: StageSpec) -> None:
+    def _check_head(self, plan: StagePlan) -> None:
+        last = plan.stages[-1]
         brings_modules = getattr(type(self.head), "companion", None) is not BaseMethod.companion
         if last.taps or last.student_features or brings_modules or not last.student_logits:
             raise UserError(
                 f"--method {self.name}: {self.head.name} cannot train a head alone",
                 got="a loss that needs more than the logits",
                 expected="second a method whose last stage looks at logits only, such as hinton",
+            )
+        dropped = [stage.name for stage in plan.stages if not set(stage.teacher_outputs) <= set(last.teacher_outputs)]
+        if dropped:
+            raise UserError(
+                f"--method {self.name}: a head takes only the last stage of {self.head.name}",
+                got=f"what it learns from the teacher in stage {', '.join(dropped)}",
+                expected="second a method that asks the teacher in its last stage or not at all, such as hinton",
             )
