@@ -42,7 +42,7 @@ def test_an_unknown_method_lists_the_known() -> None:
         ("hinton", "", Hinton()),
         ("hinton", " temperature=2  alpha=0.5 ", Hinton(temperature=2.0, alpha=0.5)),
         ("hinton", "temperature=1e1", Hinton(temperature=10.0)),
-        ("fitnet", "two_phase=true weight=1", FitNet(two_phase=True, weight=1.0)),
+        ("fitnet", "two_phase=true temperature=2", FitNet(two_phase=True, temperature=2.0)),
         ("simultaneous", "feature_weight=0.5", Simultaneous(feature_weight=0.5)),
         ("simultaneous", "feature_weight=none", Simultaneous()),
     ],
@@ -95,6 +95,15 @@ def test_options_set_fields_by_their_type(name: str, options: str, expected: obj
             "fsp",
             "first_frac=1",
             "^--method-options: fsp: first_frac cannot be used; got 1.0; expected more than 0 and l",
+        ),
+        (
+            "fitnet",
+            "two_phase=true weight=1",
+            "^--method-options: fitnet: two_phase=true has no use for weight; got 1.0; fitnet takes two_phase=false ",
+        ),
+        *(
+            ("fitnet", f"{name}=0.25", f"fitnet: two_phase=false has no use for {name}; got 0.25; fitnet takes two_")
+            for name in ("temperature", "soft_weight_first", "soft_weight_last", "first_frac")
         ),
         ("hinton", "alpha", "^--method-options cannot be read; got 'alpha'; expected FIELD=VALUE, each field once$"),
         (

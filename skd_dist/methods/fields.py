@@ -1,5 +1,6 @@
 """Ranges of a method's hyper-parameters, refused in `__post_init__` in one line each."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -34,6 +35,23 @@ def check_share(method: Any, *names: str, open_ends: bool = False) -> None:
             _check(method, name, 0 < value < 1, expected="more than 0 and less than 1")
         else:
             _check(method, name, 0 <= value <= 1, expected="0 to 1")
+
+
+def check_unused(method: Any, *names: str, form: str) -> None:
+    """Refuse fields that the chosen form of a method never looks at, unless they are at their default.
+
+    Args:
+        method: a dataclass; its name opens the message.
+        names: of the fields.
+        form: what was chosen, as an option is written: `two_phase=true`.
+
+    Raises:
+        UserError: the first that was set.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(method)}
+    for name in names:
+        if getattr(method, name) != defaults[name]:
+            raise UserError(f"{method.name}: {form} has no use for {name}", got=getattr(method, name))
 
 
 def _check(method: Any, name: str, is_good: bool, *, expected: str) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from skd_dist.contracts import Batch, LossTerm, LossTerms, Outputs, PlanContext
 from skd_dist.losses import cross_entropy, feature_mse, soft_cross_entropy
 from skd_dist.methods.base import BaseMethod
-from skd_dist.methods.fields import check_positive, check_share, check_weight
+from skd_dist.methods.fields import check_positive, check_share, check_unused, check_weight
 from skd_dist.methods.stages import split_budget, student_groups_of, up_to_middle, whole_stage
 from skd_dist.plan import LOGITS, StagePlan, StageSpec, Tap
 
@@ -28,9 +28,9 @@ class FitNet(BaseMethod):
     name: str = "fitnet"
     two_phase: bool = False
     weight: float = 100.0
-    """Of the hint in the one-phase form, >= 0. In the two-phase form the hint stands alone."""
+    """Of the hint, >= 0; of the one-phase form alone: in the two-phase form the hint stands by itself."""
     temperature: float = 3.0
-    """Of the second phase, > 0."""
+    """Of the second phase, > 0. This and what follows are of the two-phase form alone."""
     soft_weight_first: float = 4.0
     """Of the softened probabilities at the begin of the second phase, >= 0."""
     soft_weight_last: float = 1.0
@@ -42,6 +42,11 @@ class FitNet(BaseMethod):
         check_positive(self, "temperature")
         check_weight(self, "weight", "soft_weight_first", "soft_weight_last")
         check_share(self, "first_frac", open_ends=True)
+        if self.two_phase:
+            check_unused(self, "weight", form="two_phase=true")
+        else:
+            second_phase = ("temperature", "soft_weight_first", "soft_weight_last", "first_frac")
+            check_unused(self, *second_phase, form="two_phase=false")
 
     def plan(self, context: PlanContext) -> StagePlan:
         """One stage, or a hint stage and one that trains its layers again; the whole budget in all."""
