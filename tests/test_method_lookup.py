@@ -24,6 +24,7 @@ class Mine(NoTeacher):
     name: str = "mine"
     mode: Literal["soft", "hard"] = "soft"
     count: int = 2
+    loud: bool = False
     note: str = ""
     shape: tuple[int, ...] = ()
 """
@@ -58,6 +59,17 @@ def test_options_set_fields_by_their_type(name: str, options: str, expected: obj
             "hinton",
             "temprature=2",
             "^unknown name in --method-options; got temprature; hinton takes temperature=4.0 alpha=0.9$",
+        ),
+        *(
+            (name, option, f"^unknown name in --method-options; got {option.partition('=')[0]}; {name} takes ")
+            for name, option in (
+                ("mskd", "one_to_one=true"),
+                ("mskd_oto", "one_to_one=false"),
+                ("no_teacher", "equal_budget=false"),
+                ("teacher_training", "equal_budget=true"),
+                ("multi_exit", "equal_budget=false"),
+                ("teacher_training_exits", "equal_budget=true"),
+            )
         ),
         ("hinton", "name=x", "^unknown name in --method-options; got name; hinton takes temperature=4.0 alpha=0.9$"),
         (
@@ -142,6 +154,18 @@ def test_a_listing_takes_the_stages_of_one_and_the_head_of_the_other() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "identity"),
+    [
+        ("no_teacher", "equal_budget=true"),
+        ("teacher_training", "equal_budget=false"),
+        ("mskd_oto", "distillation_weight=0.9,early_weight=1.0,one_to_one=true,temperature=4.0"),
+    ],
+)
+def test_what_a_name_stands_for_is_part_of_the_identity(name: str, identity: str) -> None:
+    assert method_identity(find_method(name))["method_options"] == identity
+
+
 def test_a_listing_with_labels_alone_is_the_first_method() -> None:
     assert find_method("sskd,no_teacher").plan(CONTEXT).stages == find_method("sskd").plan(CONTEXT).stages
 
@@ -182,9 +206,9 @@ def mine(tmp_path: Path) -> Path:
 
 
 def test_a_class_in_a_file_is_a_method_like_any_other(mine: Path) -> None:
-    method = find_method(f"{mine}:Mine", "mode=hard count=3 note=x equal_budget=false")
+    method = find_method(f"{mine}:Mine", "mode=hard count=3 note=x loud=true")
     assert [getattr(method, name) for name in ("name", "mode", "count", "note")] == ["mine", "hard", 3, "x"]
-    assert [stage.num_steps for stage in method.plan(CONTEXT).stages] == [CONTEXT.head_steps]
+    assert method_identity(method)["method_options"] == "count=3,equal_budget=true,loud=true,mode=hard,note=x,shape=()"
     assert find_method(f"skd,{mine}:Mine").plan(CONTEXT).method == "skd,mine"
     assert not list(mine.parent.glob("__pycache__"))
 
@@ -192,7 +216,7 @@ def test_a_class_in_a_file_is_a_method_like_any_other(mine: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("mode=medium", "got mode=medium; expected soft or hard; mine takes equal_budget=true mode=soft count=2"),
+        ("mode=medium", "got mode=medium; expected soft or hard; mine takes mode=soft count=2 loud=false"),
         ("count=2.5", "got count=2.5; expected a whole number; mine takes"),
         ("shape=1", "got shape=1; expected a field of type float, int, bool or str; mine takes"),
     ],

@@ -9,7 +9,7 @@ from torch import Tensor
 from skd_dist.contracts import Batch, Outputs, PlanContext
 from skd_dist.errors import UserError
 from skd_dist.methods import METHODS
-from skd_dist.methods.mskd import Mskd, matched_output
+from skd_dist.methods.mskd import Mskd, MskdOneToOne, matched_output
 from skd_dist.methods.multi_exit import MultiExit, probabilities_by_exit
 from skd_dist.models.cut import cut_model
 from skd_dist.models.exits import exit_output
@@ -64,7 +64,7 @@ def naive_term(logits: Tensor, target: Tensor | None, label: int, *, share: floa
     [
         (Mskd(), {"stage1": LOGITS, "stage2": LOGITS, "last": LOGITS}),
         (
-            Mskd(name="mskd_oto", one_to_one=True, early_weight=0.5, temperature=2.0, distillation_weight=0.3),
+            MskdOneToOne(early_weight=0.5, temperature=2.0, distillation_weight=0.3),
             {"stage1": "exit/stage3", "stage2": "exit/stage3", "last": LOGITS},
         ),
         (MultiExit(early_weight=0.25), {"stage1": None, "stage2": None, "last": None}),

@@ -16,9 +16,9 @@ from skd_dist.methods.fsp import Fsp
 from skd_dist.methods.hint_two_phase import HintTwoPhase
 from skd_dist.methods.hinton import Hinton
 from skd_dist.methods.lookup import look_up, method_identity
-from skd_dist.methods.mskd import Mskd
-from skd_dist.methods.multi_exit import MultiExit
-from skd_dist.methods.no_teacher import NoTeacher
+from skd_dist.methods.mskd import Mskd, MskdOneToOne
+from skd_dist.methods.multi_exit import MultiExit, TeacherTrainingExits
+from skd_dist.methods.no_teacher import NoTeacher, TeacherTraining
 from skd_dist.methods.one import One
 from skd_dist.methods.rkd import RelationalKd
 from skd_dist.methods.simultaneous import Simultaneous
@@ -43,11 +43,11 @@ _ALL: tuple[Method, ...] = (
     Bss(),
     Dml(),
     One(),
-    NoTeacher(name="teacher_training", equal_budget=False),
+    TeacherTraining(),
     Mskd(),
-    Mskd(name="mskd_oto", one_to_one=True),
+    MskdOneToOne(),
     MultiExit(),
-    MultiExit(name="teacher_training_exits", equal_budget=False),
+    TeacherTrainingExits(),
 )
 
 METHODS: Mapping[str, Method] = {method.name: method for method in _ALL}

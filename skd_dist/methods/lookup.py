@@ -59,7 +59,7 @@ def method_identity(method: Method) -> dict[str, str | None]:
     fields = [
         f"{prefix}{field}={_written(value)}"
         for prefix, part in zip(prefixes, parts, strict=True)
-        for field, value in sorted(_settable(part).items())
+        for field, value in sorted(_hyper_parameters(part).items())
     ]
     files = [digest for digest in map(file_sha256_of, parts) if digest]
     return {
@@ -89,15 +89,23 @@ def _read_options(text: str) -> dict[str, str]:
     return given
 
 
-def _settable(method: Method) -> dict[str, Any]:
-    """The hyper-parameters of a method with their values: its fields but its name."""
-    if not dataclasses.is_dataclass(method):
-        return {}
+def _hyper_parameters(method: Method) -> dict[str, Any]:
+    """Those of a method with their values: its fields but its name; what it computes from them is none."""
     return {
         field.name: getattr(method, field.name)
-        for field in dataclasses.fields(method)
-        if field.init and field.name != "name"
+        for field in _fields(method)
+        if field.name != "name" and (field.init or field.default is not dataclasses.MISSING)
     }
+
+
+def _settable(method: Method) -> dict[str, Any]:
+    """Those that options set; the others are fixed by its class (`init=False`)."""
+    fixed = [field.name for field in _fields(method) if not field.init]
+    return {name: value for name, value in _hyper_parameters(method).items() if name not in fixed}
+
+
+def _fields(method: Method) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(method) if dataclasses.is_dataclass(method) else ()
 
 
 def _with_options(method: Method, given: Mapping[str, str]) -> Method:

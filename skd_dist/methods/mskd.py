@@ -12,7 +12,7 @@ was at hand: the formula, the temperature, the weights and the equal ensemble ar
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
@@ -31,8 +31,9 @@ class Mskd(BaseMethod):
     """One stage, everything trains, labels and the teacher's output at every exit."""
 
     name: str = "mskd"
-    one_to_one: bool = False
-    """Whether each exit learns from the teacher's exit, instead of from the teacher's logits."""
+    one_to_one: bool = field(default=False, init=False)
+    """Whether each exit learns from the teacher's exit, instead of from the teacher's logits. No option: each has a
+    name."""
     distillation_weight: float = 0.9
     """Of the teacher at each exit, 0..1; labels have the rest."""
     temperature: float = 4.0
@@ -85,6 +86,14 @@ class Mskd(BaseMethod):
     def predictions(self, stage: StageSpec, student: Outputs) -> Mapping[str, Tensor]:
         """Each exit, and the ensemble."""
         return probabilities_by_exit(stage, student)
+
+
+@dataclass(frozen=True, slots=True)
+class MskdOneToOne(Mskd):
+    """One stage, everything trains, labels and the output of the teacher's matching exit at every exit."""
+
+    name: str = "mskd_oto"
+    one_to_one: bool = field(default=True, init=False)
 
 
 def matched_output(group: str, context: PlanContext) -> str:

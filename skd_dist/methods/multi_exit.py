@@ -8,7 +8,7 @@ Sciences 2022, 12(19), 9453, of which only the abstract was at hand.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -59,8 +59,9 @@ class MultiExit(BaseMethod):
     """One stage, everything trains, cross-entropy at every exit."""
 
     name: str = "multi_exit"
-    equal_budget: bool = True
-    """Whether it takes the steps of all SKD stages together, or those of the head stage alone."""
+    equal_budget: bool = field(default=True, init=False)
+    """Whether it takes the steps of all SKD stages together, or those of the head stage alone. No option: each has a
+    name."""
     early_weight: float = 1.0
     """Of every exit but the last, >= 0: less where early exits pull the trunk away from what the last one needs."""
 
@@ -102,3 +103,11 @@ class MultiExit(BaseMethod):
     def predictions(self, stage: StageSpec, student: Outputs) -> Mapping[str, Tensor]:
         """Each exit, and the ensemble."""
         return probabilities_by_exit(stage, student)
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherTrainingExits(MultiExit):
+    """The same for the steps of the head stage alone: how a teacher with exits is trained."""
+
+    name: str = "teacher_training_exits"
+    equal_budget: bool = field(default=False, init=False)

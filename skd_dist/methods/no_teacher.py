@@ -4,7 +4,7 @@ The comparator every distillation must beat. The published one trained for a six
 The same objective for `--head-duration` alone is how a teacher is trained.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from skd_dist.contracts import Batch, LossTerm, LossTerms, Outputs, PlanContext
 from skd_dist.losses import cross_entropy
@@ -18,8 +18,9 @@ class NoTeacher(BaseMethod):
     """One stage, everything trains, cross-entropy."""
 
     name: str = "no_teacher"
-    equal_budget: bool = True
-    """Whether it takes the steps of all SKD stages together, or those of the head stage alone."""
+    equal_budget: bool = field(default=True, init=False)
+    """Whether it takes the steps of all SKD stages together, or those of the head stage alone. No option: each has a
+    name."""
 
     @property
     def needs_teacher(self) -> bool:
@@ -35,3 +36,11 @@ class NoTeacher(BaseMethod):
     ) -> LossTerms:
         """Cross-entropy with the labels."""
         return {"cross_entropy": LossTerm(cross_entropy(student[LOGITS], batch.labels))}
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherTraining(NoTeacher):
+    """The same for the steps of the head stage alone: how a teacher is trained."""
+
+    name: str = "teacher_training"
+    equal_budget: bool = field(default=False, init=False)

@@ -159,7 +159,7 @@ def test_budgets() -> None:
                 {"methods": (name,)},
                 f"{name} learns from the exits of its teacher; give --teacher-method",
             )
-            for name in ("mskd_oto", "mskd@one_to_one=true")
+            for name in ("mskd_oto", "mskd_oto@temperature=2")
         ),
         (
             {"students": ("resnet18",), "teachers": ("resnet34", "test_vit")},
