@@ -11,7 +11,8 @@ from skd_dist.errors import UserError
 from skd_dist.methods import METHODS
 from skd_dist.methods.mskd import Mskd, MskdOneToOne, matched_output
 from skd_dist.methods.multi_exit import MultiExit, probabilities_by_exit
-from skd_dist.models.cut import cut_model
+from skd_dist.models.create import create_model
+from skd_dist.models.cut import cut_model, run_cut
 from skd_dist.models.exits import exit_output
 from skd_dist.plan import LOGITS, OptimizerSpec, StageSpec, check_plan
 from skd_dist.stage_loop import masked_mean
@@ -228,6 +229,15 @@ def test_a_gradient_reaches_its_exit_and_the_trunk_up_to_there_and_nothing_later
 
 
 def test_the_backbone_with_its_last_exit_is_what_it_would_be_without_exits() -> None:
-    built, _ = module()
+    built, stage = module()
     assert {name for name in built.state_dict() if not name.startswith(("model.", "companion."))} == set()
-    assert len(built.eval()(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))) == len(NAMES)
+    seen: dict[str, Tensor] = {}
+    assert built.companion is not None
+    built.companion.register_forward_pre_hook(lambda _, inputs: seen.update(inputs[1]))
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    alone = create_model(CUT.name, num_classes=CUT.num_classes, image_size=CUT.image_size, seed=0).eval()
+    with torch.no_grad():
+        outputs = built.eval()(images)
+        expected = run_cut(CUT, alone, images, taps=stage.student_features, logits=True)
+    assert torch.equal(outputs[LOGITS], expected[LOGITS]) and set(outputs) == set(NAMES)
+    assert seen.keys() == expected.keys() and all(torch.equal(seen[name], expected[name]) for name in expected)
