@@ -175,8 +175,8 @@ def test_fsp_trains_the_backbone_first_and_then_everything() -> None:
         (
             "skd input_from=teacher",
             {"student_channels": {**CONTEXT.student_channels, "stage3": 24}},
-            "^input_from=teacher: student group stage3 cannot be followed by the teacher's stage3; got 24 and 32 "
-            "channels; expected features of equal width; choose a student of the teacher's widths, or input_from",
+            "^input_from=teacher needs equal channels: student group stage3, teacher group stage3; got 24 and 32; "
+            "choose a student of the teacher's widths, or input_from",
         ),
         ("at", {"matching": CONTEXT.matching[:1]}, "^the networks have no stage past the stem in common; choose"),
     ],

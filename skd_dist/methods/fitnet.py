@@ -14,10 +14,10 @@ phase, and all layers have one learning rate.
 from dataclasses import dataclass
 
 from skd_dist.contracts import Batch, LossTerm, LossTerms, Outputs, PlanContext
-from skd_dist.losses import cross_entropy, feature_mse, soft_cross_entropy
+from skd_dist.losses import cross_entropy, soft_cross_entropy
 from skd_dist.methods.base import BaseMethod
 from skd_dist.methods.fields import check_positive, check_share, check_unused, check_weight
-from skd_dist.methods.stages import split_budget, student_groups_of, up_to_middle, whole_stage
+from skd_dist.methods.stages import feature_terms, split_budget, student_groups_of, up_to_middle, whole_stage
 from skd_dist.plan import LOGITS, StagePlan, StageSpec, Tap
 
 
@@ -70,11 +70,7 @@ class FitNet(BaseMethod):
         self, stage: StageSpec, student: Outputs, teacher: Outputs, batch: Batch, *, progress_frac: float
     ) -> LossTerms:
         """The hint where the stage has one, the labels where it has logits, the teacher's where it asks for them."""
-        terms = {}
-        for tap in stage.taps:
-            weight = self.weight if stage.student_logits else 1.0
-            hint = feature_mse(student[tap.teacher], teacher[tap.teacher])
-            terms[f"feature_mse/{tap.teacher}"] = LossTerm(hint, weight)
+        terms = feature_terms(stage, student, teacher, weight=self.weight if stage.student_logits else 1.0)
         if stage.student_logits:
             terms["cross_entropy"] = LossTerm(cross_entropy(student[LOGITS], batch.labels))
         if stage.teacher_logits:

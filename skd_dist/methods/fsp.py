@@ -14,7 +14,7 @@ from skd_dist.errors import UserError
 from skd_dist.losses import cross_entropy, fsp
 from skd_dist.methods.base import BaseMethod
 from skd_dist.methods.fields import check_share
-from skd_dist.methods.stages import past_stem, split_budget, whole_stage
+from skd_dist.methods.stages import past_stem, refuse_other_widths, split_budget, whole_stage
 from skd_dist.plan import LOGITS, StagePlan, StageSpec, Tap
 
 
@@ -40,7 +40,7 @@ class Fsp(BaseMethod):
             raise UserError("fsp needs two stages past the stem", got=len(stages), do="choose another --match")
         taps = tuple(Tap(student=groups[-1], teacher=teacher, adapter="none") for groups, teacher in stages)
         for tap in taps:
-            _refuse_other_channels(context, tap)
+            refuse_other_widths(context, tap, what=self.name, otherwise="another --method")
         first_steps, rest_steps = split_budget(context, self.first_frac)
         first = StageSpec(
             index=0,
@@ -64,15 +64,3 @@ class Fsp(BaseMethod):
             f"fsp/{front}-{back}": LossTerm(fsp((student[front], student[back]), (teacher[front], teacher[back])))
             for front, back in pairwise(names)
         }
-
-
-def _refuse_other_channels(context: PlanContext, tap: Tap) -> None:
-    student, teacher = context.student_channels.get(tap.student), context.teacher_channels.get(tap.teacher)
-    if student is None or teacher is None:
-        return  # without a teacher there is nothing to compare, and check_plan says so
-    if student != teacher:
-        raise UserError(
-            f"fsp needs equal channels: student group {tap.student}, teacher group {tap.teacher}",
-            got=f"{student} and {teacher}",
-            do="choose a student of the teacher's widths, or another --method",
-        )

@@ -11,10 +11,10 @@ do). The middle is `layer2` of a ResNet. Both phases take half of the budget, as
 from dataclasses import dataclass
 
 from skd_dist.contracts import Batch, LossTerm, LossTerms, Outputs, PlanContext
-from skd_dist.losses import cross_entropy, feature_mse
+from skd_dist.losses import cross_entropy
 from skd_dist.methods.base import BaseMethod
 from skd_dist.methods.fields import check_share
-from skd_dist.methods.stages import split_budget, student_groups_of, up_to_middle
+from skd_dist.methods.stages import feature_terms, split_budget, student_groups_of, up_to_middle
 from skd_dist.plan import LOGITS, StagePlan, StageSpec, Tap
 
 
@@ -58,7 +58,4 @@ class HintTwoPhase(BaseMethod):
         """Hint: MSE, labels unused. Rest: cross-entropy, teacher unused."""
         if stage.student_logits:
             return {"cross_entropy": LossTerm(cross_entropy(student[LOGITS], batch.labels))}
-        return {
-            f"feature_mse/{tap.teacher}": LossTerm(feature_mse(student[tap.teacher], teacher[tap.teacher]))
-            for tap in stage.taps
-        }
+        return feature_terms(stage, student, teacher)

@@ -8,10 +8,10 @@ with another number of taps the divisor follows. Here it has the step budget of 
 from dataclasses import dataclass
 
 from skd_dist.contracts import Batch, LossTerm, LossTerms, Outputs, PlanContext
-from skd_dist.losses import cross_entropy, feature_mse
+from skd_dist.losses import cross_entropy
 from skd_dist.methods.base import BaseMethod
 from skd_dist.methods.fields import check_weight
-from skd_dist.methods.stages import whole_stage
+from skd_dist.methods.stages import feature_terms, whole_stage
 from skd_dist.plan import LOGITS, StagePlan, StageSpec, Tap
 
 
@@ -38,8 +38,5 @@ class Simultaneous(BaseMethod):
         """The mean of all terms, or the sum with `feature_weight`."""
         mean = 1.0 / (len(stage.taps) + 1)
         label_weight, weight = (mean, mean) if self.feature_weight is None else (1.0, self.feature_weight)
-        terms = {
-            f"feature_mse/{tap.teacher}": LossTerm(feature_mse(student[tap.teacher], teacher[tap.teacher]), weight)
-            for tap in stage.taps
-        }
+        terms = feature_terms(stage, student, teacher, weight=weight)
         return {**terms, "cross_entropy": LossTerm(cross_entropy(student[LOGITS], batch.labels), label_weight)}

@@ -16,9 +16,9 @@ from typing import Literal
 
 from skd_dist.contracts import Batch, LossTerm, LossTerms, Outputs, PlanContext
 from skd_dist.errors import UserError
-from skd_dist.losses import cross_entropy, feature_mse
+from skd_dist.losses import cross_entropy
 from skd_dist.methods.base import BaseMethod
-from skd_dist.methods.stages import Matched, student_groups_of
+from skd_dist.methods.stages import Matched, feature_terms, refuse_other_widths, student_groups_of
 from skd_dist.plan import LOGITS, Feed, StagePlan, StageSpec, Tap
 
 
@@ -75,10 +75,7 @@ class Skd(BaseMethod):
         """Feature stages: MSE at the tap, labels unused. Head: cross-entropy, teacher unused."""
         if not stage.taps:
             return {"cross_entropy": LossTerm(cross_entropy(student[LOGITS], batch.labels))}
-        return {
-            f"feature_mse/{tap.teacher}": LossTerm(feature_mse(student[tap.teacher], teacher[tap.teacher]))
-            for tap in stage.taps
-        }
+        return feature_terms(stage, student, teacher)
 
 
 def _feature_stage(
@@ -109,13 +106,6 @@ def _feeds(context: PlanContext) -> tuple[Feed, ...]:
     followed by the student's own next one. Layout and size are brought over without parameters.
     """
     feeds = tuple(Feed(student=groups[-1], teacher=teacher) for groups, teacher in context.matching[:-1])
-    for feed in feeds if context.teacher_groups else ():  # without a teacher the plan is refused as a whole
-        own, given = context.student_channels[feed.student], context.teacher_channels[feed.teacher]
-        if own != given:
-            raise UserError(
-                f"input_from=teacher: student group {feed.student} cannot be followed by the teacher's {feed.teacher}",
-                got=f"{own} and {given} channels",
-                expected="features of equal width",
-                do="choose a student of the teacher's widths, or input_from=student",
-            )
+    for feed in feeds:
+        refuse_other_widths(context, feed, what="input_from=teacher", otherwise="input_from=student")
     return feeds

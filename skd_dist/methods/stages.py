@@ -1,11 +1,12 @@
-"""What the plans of several methods share: the whole student at once, the stages past the stem, a budget in two parts.
+"""What several methods share: the whole student at once, the stages past the stem, a budget in two parts; features.
 
 The *budget* is the number of steps that SKD takes in all its stages (`whole_budget`); every method takes it.
 """
 
-from skd_dist.contracts import PlanContext
+from skd_dist.contracts import LossTerm, Outputs, PlanContext
 from skd_dist.errors import UserError
-from skd_dist.plan import StageSpec, Tap
+from skd_dist.losses import feature_mse
+from skd_dist.plan import Feed, StageSpec, Tap
 
 Matched = tuple[tuple[str, ...], str]
 """(student groups, the last of them compared; teacher group)."""
@@ -83,3 +84,32 @@ def split_budget(context: PlanContext, first_frac: float) -> tuple[int, int]:
     total = whole_budget(context)
     first = max(1, min(total - 1, round(total * first_frac)))
     return first, total - first
+
+
+def refuse_other_widths(context: PlanContext, pair: Tap | Feed, *, what: str, otherwise: str) -> None:
+    """Refuse a student group and a teacher group with other channels.
+
+    Args:
+        what: needs them alike.
+        otherwise: what to choose, if not a student of the teacher's widths.
+
+    Raises:
+        UserError: they differ.
+    """
+    student, teacher = context.student_channels.get(pair.student), context.teacher_channels.get(pair.teacher)
+    if student is None or teacher is None:
+        return  # without a teacher there is nothing to compare, and check_plan says so
+    if student != teacher:
+        raise UserError(
+            f"{what} needs equal channels: student group {pair.student}, teacher group {pair.teacher}",
+            got=f"{student} and {teacher}",
+            do=f"choose a student of the teacher's widths, or {otherwise}",
+        )
+
+
+def feature_terms(stage: StageSpec, student: Outputs, teacher: Outputs, *, weight: float = 1.0) -> dict[str, LossTerm]:
+    """`feature_mse/<teacher group>` of every tap, all of one weight; reports make an NMSE of terms of this name."""
+    return {
+        f"feature_mse/{tap.teacher}": LossTerm(feature_mse(student[tap.teacher], teacher[tap.teacher]), weight)
+        for tap in stage.taps
+    }
