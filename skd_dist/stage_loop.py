@@ -9,18 +9,19 @@ It knows no method, no engine and no launcher by name. Stages, files and trackin
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import NoReturn, Protocol
 
 import torch
 
 from skd_dist.boundary import boundary_inputs
-from skd_dist.contracts import Batch, Engine, LossTerms, Method, Outputs
+from skd_dist.contracts import Batch, Engine, Method, Outputs
 from skd_dist.data.seeds import derive_seed
-from skd_dist.errors import UserError, named
+from skd_dist.errors import named
 from skd_dist.link.ask_ahead import AskAhead
 from skd_dist.link.cohort import CohortLink
 from skd_dist.meters import Meter, sum_over_students
+from skd_dist.not_finite import loss_not_finite
 from skd_dist.optim import learning_rate_at
 from skd_dist.plan import StageSpec
 from skd_dist.progress import StageProgress
@@ -33,8 +34,6 @@ from skd_dist.stage_values import (
     with_peers,
 )
 from skd_dist.student import fed_features
-
-_MAX_NAMED_SAMPLES = 5
 
 OnReport = Callable[[int, Mapping[str, float]], None]
 """(steps done, values); called on every student, with values that are equal on all."""
@@ -186,7 +185,7 @@ def run_stage(
         progress.window.merge(meter)
         progress.loss_trace.append(loss_sum / num_micro_steps)
         if not math.isfinite(progress.loss_trace[-1]):
-            raise not_finite(stage, step, progress.loss_trace[-1], interruptions.share(" ".join(bad_keys(seen))))
+            raise loss_not_finite(stage, step, progress.loss_trace[-1], seen, ask, interruptions.share)
         if num_bad_samples > 0:
             interruptions.settle_bad_samples()
         learning_rate = learning_rate_at(stage.optimizer, step=step, num_steps=stage.num_steps)
@@ -206,26 +205,6 @@ def run_stage(
             on_report(step + 1, values)
             window_started, window_first = time.perf_counter(), step + 1
         interruptions.act(progress, save=save > 0, stop=stop > 0)
-
-
-def bad_keys(seen: Sequence[tuple[LossTerms, Batch]]) -> list[str]:
-    """Keys of this student's samples whose loss is not finite, at most a handful."""
-    found = []
-    for terms, batch in seen:
-        finite = torch.stack([term.per_sample.detach().isfinite() for term in terms.values()]).all(0)
-        found += [key for key, good, counts in zip(batch.keys, finite.tolist(), batch.valid.tolist(), strict=True)
-                  if counts and not good]  # fmt: skip
-    return found[:_MAX_NAMED_SAMPLES]
-
-
-def not_finite(stage: StageSpec, step: int, loss: float, keys_of_students: Sequence[str]) -> UserError:
-    """The same error on every student, with samples of all of them."""
-    keys = [f"student {rank}: {keys}" for rank, keys in enumerate(keys_of_students) if keys]
-    return UserError(
-        f"stage {stage.name}, step {step}: the loss is not finite",
-        got=f"{loss} from {', '.join(keys) or 'no single sample'}",
-        do="nothing was updated; lower --lr, or look at these samples",
-    )
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

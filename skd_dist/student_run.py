@@ -11,6 +11,8 @@ from contextlib import closing
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from skd_dist.checkpoint import (
     SUFFIX,
     Companion,
@@ -21,6 +23,7 @@ from skd_dist.checkpoint import (
     write_tensors,
 )
 from skd_dist.checkpointer import Preempted
+from skd_dist.contracts import Batch, Outputs
 from skd_dist.data.bad_samples import BadSample
 from skd_dist.errors import UserError
 from skd_dist.evaluate import evaluate_logits, evaluate_predictions
@@ -29,6 +32,7 @@ from skd_dist.models.cost import exit_costs
 from skd_dist.models.create import create_model, load_weights, weights_digest
 from skd_dist.models.cut import run_cut
 from skd_dist.models.exits import EXITS
+from skd_dist.not_finite import BadAnswers
 from skd_dist.plan import LOGITS
 from skd_dist.prepare import Prepared
 from skd_dist.shared_pass import Turns
@@ -81,19 +85,27 @@ def measure_teacher(side: StudentSide) -> float | None:
     """The teacher's top-1 on a sample of the validation split, through the link; None in runs without a teacher.
 
     Raises:
-        UserError: it is no better than chance and --allow-untrained-teacher was not given.
+        UserError: it gives numbers that are not finite, or it is no better than chance and --allow-untrained-teacher
+            was not given.
     """
     config = side.prepared.config
     if not side.prepared.plan.needs_teacher:
         return None
+    answers = BadAnswers()
+
+    def logits_of(batch: Batch, answer: Outputs) -> Tensor:
+        answers.look_at(batch, answer)
+        return answer[LOGITS].float().to(side.device)
+
     with closing(split_batches(side, "val", limit=TEACHER_SAMPLE)) as batches:
         top1 = evaluate_logits(
-            lambda _, answer: answer[LOGITS].float().to(side.device),
+            logits_of,
             stream=side.ask.answers(batches, (LOGITS,)),
             device=side.device,
             after_batch=partial(leave_if_asked, side, "the teacher was measured"),
         )["top1_frac"]
     side.quarantine.settle_if_needed()
+    answers.refuse(f"teacher {config.teacher} on the validation split", partial(side.board.gather, "teacher measured"))
     count = min(TEACHER_SAMPLE, len(side.prepared.splits.eval_ids("val")))
     chance = 1 / config.num_classes
     # Two standard errors: a guessing teacher passes once in fifty times, a trained one never fails.

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
+from torch import Tensor
 
 from skd_dist.contracts import Batch, LossTerm, LossTerms, Method, Outputs, TeacherLink
 from skd_dist.engines import EngineSpec, make_engine
@@ -182,7 +183,7 @@ class Recorder:
             raise StopIteration
 
     def share(self, text: str) -> list[str]:
-        return [text, "from another student"]
+        return [text, text]
 
 
 def test_bad_samples_are_settled_in_the_step_that_brings_them_and_in_no_other() -> None:
@@ -255,7 +256,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update() -> None:
     loss = journey.progress.loss_trace[-1]
     assert caught.value.line == (
         f"stage stage1, step {step}: the loss is not finite; got {loss} from student 0: {names}, "
-        "student 1: from another student; nothing was updated; lower --lr, or look at these samples"
+        f"student 1: {names}; nothing was updated; lower --lr, or look at these samples"
     )
     assert journey.progress.step == step
 
@@ -275,6 +276,36 @@ def test_a_term_that_is_reduced_already_is_refused_by_name() -> None:
         "method skd, stage stage1: loss term feature_mse/stage1 is not one value per sample; got shape (); "
         "expected (4,)"
     )
+
+
+class Overflowing:
+    """A teacher in half precision, whose features of two images are too large for it; counts what it is asked."""
+
+    def __init__(self, *images: Tensor) -> None:
+        self._images = images
+        self.num_asked = 0
+
+    def __call__(self, images: Tensor, outputs: tuple[str, ...]) -> dict[str, Tensor]:
+        self.num_asked += 1
+        is_large = torch.tensor([any(torch.equal(image, large) for large in self._images) for image in images])
+        found = {name: value.clone() for name, value in teacher().answer(images, outputs).items()}
+        return {name: (value + is_large[:, None, None, None] * 1e5).half() for name, value in found.items()}
+
+
+@pytest.mark.parametrize("depth", [0, 3])
+def test_a_teacher_that_overflows_is_named_for_it_and_asked_again_about_that_step_alone(depth: int) -> None:
+    """The fourth and the fifth batch are those of the third step; more are under way when it is found."""
+    own = list(batches(micro_size=4, count=12))
+    overflowing = Overflowing(own[4].images[2], own[5].images[0])
+    journey = Journey(grad_accum_steps=2)
+    with pytest.raises(UserError) as caught:
+        journey.train(depth=depth, link=InlineLink(overflowing), interruptions=Recorder())
+    assert caught.value.line == (
+        "stage stage1, step 2: the teacher's answers are not finite; got student 0: stage1 in float16 of 4-2 5-0, "
+        "student 1: stage1 in float16 of 4-2 5-0; "
+        "give --teacher-dtype bf16 or fp32 (or other weights, if it has one of these already)"
+    )
+    assert journey.progress.step == 2 and overflowing.num_asked == 6 + 2
 
 
 def test_masked_mean_ignores_invalid_slots_but_divides_by_all() -> None:

@@ -12,6 +12,9 @@ from safetensors.torch import load_file
 
 from skd_dist.checkpointer import Preempted
 from skd_dist.config import RunConfig
+from skd_dist.errors import UserError
+from skd_dist.link.ask_ahead import AskAhead
+from skd_dist.link.inline import InlineLink
 from skd_dist.models.cut import run_cut
 from skd_dist.models.exits import load_exits
 from skd_dist.plan import LOGITS
@@ -21,9 +24,9 @@ from skd_dist.shared_pass import take_turns
 from skd_dist.splits import unpack_embedded_data
 from skd_dist.stage_batches import split_batches
 from skd_dist.stage_side import StudentSide
-from skd_dist.student_run import count_done, run_student
+from skd_dist.student_run import count_done, measure_teacher, run_student
 from skd_dist.tracking import read_events
-from tests.test_stage_runner import CPU, at_call, student
+from tests.test_stage_runner import CPU, at_call, student, teacher_of
 
 
 def finish(side: StudentSide) -> dict[str, Any]:
@@ -157,6 +160,26 @@ def test_a_run_resumed_inside_the_stage_gives_the_same(
         assert expected.keys() == found.keys()
         assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
     assert summary["exits"] == finished[1]["exits"]
+
+
+def test_a_teacher_that_overflows_is_not_said_to_be_no_better_than_chance(prepared: Prepared, tmp_path: Path) -> None:
+    """Also where an untrained one is allowed. A logit of minus infinity would not show in the cross-entropy."""
+    side = student(prepared, tmp_path)
+    first = next(iter(split_batches(side, "val")))
+
+    def answer(images: torch.Tensor, outputs: tuple[str, ...]) -> dict[str, torch.Tensor]:
+        found = {name: value.clone() for name, value in teacher_of(prepared).answer(images, outputs).items()}
+        if torch.equal(images, first.images):
+            found[LOGITS][7, 3] = -1e6
+        return {name: value.half() for name, value in found.items()}
+
+    with pytest.raises(UserError) as caught:
+        measure_teacher(dataclasses.replace(side, ask=AskAhead(InlineLink(answer), depth=2)))
+    assert caught.value.line == (
+        "teacher skd_narrow_resnet26 on the validation split: the teacher's answers are not finite; "
+        f"got student 0: logits in float16 of {first.keys[7]}; "
+        "give --teacher-dtype bf16 or fp32 (or other weights, if it has one of these already)"
+    )
 
 
 def test_a_method_without_exits_publishes_the_student_alone(prepared: Prepared, tmp_path: Path) -> None:

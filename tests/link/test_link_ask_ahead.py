@@ -66,6 +66,15 @@ def test_requests_run_ahead_by_the_depth() -> None:
     assert names == ["submit0", "submit1", "submit2", "take0", "submit3", "take1", "take2", "take3"]
 
 
+def test_a_batch_can_be_asked_about_again_while_others_are_under_way() -> None:
+    ask = AskAhead(Recorder(), depth=2)
+    stream = ask.stream(batches(4), ("stem",))
+    first, answer = next(stream)
+    ((_, again),) = ask.stream([first], ("stem",))
+    assert answer is not None and again is not None and torch.equal(again["stem"], answer["stem"])
+    assert [int(found["stem"][0, 0]) for _, found in stream if found is not None] == [1, 2, 3]
+
+
 def test_a_stage_without_outputs_leaves_the_teacher_alone() -> None:
     link = Recorder()
     found = list(AskAhead(link, depth=2).stream(batches(3), ()))
