@@ -1,7 +1,8 @@
 """What a run would do, without doing it: plan, matching, roles, and what each stage costs.
 
 Nothing is written or downloaded and no weights are needed: models are built without storage (but where a method
-brings modules of its own, see `trial`), and shards without an index are scanned in memory.
+brings modules of its own or micro-batches are single images, see `trial`), and shards without an index are scanned in
+memory.
 """
 
 import contextlib

@@ -42,14 +42,16 @@ def method_of(name: str, folder: Path | None = None) -> Method:
 
 
 @cache
-def config(student: str = "skd_narrow_resnet10", teacher: str | None = "skd_narrow_resnet26") -> RunConfig:
+def config(
+    student: str = "skd_narrow_resnet10", teacher: str | None = "skd_narrow_resnet26", image_size: int = 32
+) -> RunConfig:
     return RunConfig(
         train_shards="none",
         val_shards="none",
         student=student,
         teacher=teacher,
         num_classes=NUM_CLASSES,
-        image_size=32,
+        image_size=image_size,
         stage_duration="10steps",
         head_duration="5steps",
         run_dir=Path("none"),
@@ -87,17 +89,17 @@ def context_of(run: RunConfig) -> PlanContext:
 
 
 @cache
-def teacher_of(name: str = "skd_narrow_resnet26") -> FrozenTeacher:
-    cut = models_of(config(student=name, teacher=None)).student
-    model = create_model(name, num_classes=NUM_CLASSES, image_size=32, seed=7)
+def teacher_of(name: str = "skd_narrow_resnet26", image_size: int = 32) -> FrozenTeacher:
+    cut = models_of(config(student=name, teacher=None, image_size=image_size)).student
+    model = create_model(name, num_classes=NUM_CLASSES, image_size=image_size, seed=7)
     exits = create_exits(cut, seed=7)
     return FrozenTeacher(model, cut=cut, device=torch.device("cpu"), dtype=torch.float32, exits=exits)
 
 
-def make_batch(size: int = 4, *, seed: int = 0, num_invalid: int = 0) -> Batch:
+def make_batch(size: int = 4, *, seed: int = 0, num_invalid: int = 0, image_size: int = 32) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     return Batch(
-        images=torch.randint(0, 256, (size, 3, 32, 32), dtype=torch.uint8, generator=generator),
+        images=torch.randint(0, 256, (size, 3, image_size, image_size), dtype=torch.uint8, generator=generator),
         labels=torch.randint(0, NUM_CLASSES, (size,), generator=generator),
         valid=torch.arange(size) >= num_invalid,
         keys=tuple(f"key{number}" for number in range(size)),
@@ -121,7 +123,7 @@ class Case:
         if not self.stage.teacher_outputs:
             return {}
         assert self.run.teacher is not None
-        found = teacher_of(self.run.teacher).answer(batch.images, self.stage.teacher_outputs)
+        found = teacher_of(self.run.teacher, self.run.image_size).answer(batch.images, self.stage.teacher_outputs)
         return {name: value.clone() for name, value in found.items()}  # clones can take part in a graph
 
     def loss(self, student: Outputs, teacher: Outputs, batch: Batch, *, progress_frac: float = 0.5) -> LossTerms:

@@ -142,10 +142,15 @@ def test_who_does_not_compare_samples_gives_each_its_own_value(name: str, folder
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("image_size", "trains"), [(32, False), (64, True)])
 @pytest.mark.parametrize(("size", "num_invalid"), [(1, 0), (1, 1), (4, 3), (4, 4)])
-def test_small_and_incomplete_batches_give_no_nan(name: str, folder: Path, size: int, num_invalid: int) -> None:
-    for case in cases_of(name, folder):
-        batch, module = make_batch(size, num_invalid=num_invalid), case.module().eval()
+def test_small_and_incomplete_batches_give_no_nan(
+    name: str, folder: Path, size: int, num_invalid: int, image_size: int, trains: bool
+) -> None:
+    """In train mode where no map is a single pixel: of one image that would be refused (`trial`)."""
+    for case in cases_of(name, folder, config(image_size=image_size)):
+        batch = make_batch(size, num_invalid=num_invalid, image_size=image_size)
+        module = case.module().train(trains)
         terms = case.loss(case.forward(module, batch), case.answer(batch), batch)
         check_terms(terms, size=size)
         total = masked_mean(terms, batch.valid)

@@ -14,6 +14,7 @@ from skd_dist.data.loader import ShardDataset, train_batches
 from skd_dist.errors import UserError
 from skd_dist.prepare import prepare_run, teacher_not_used
 from skd_dist.splits import _data_of, prepare_splits, splits_opener, unpack_embedded_data
+from skd_dist.trial import try_stages
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +106,55 @@ def test_a_teacher_that_no_stage_asks_is_said_once_and_not_loaded(config: RunCon
     assert teacher_not_used(prepare_run(dataclasses.replace(named, method="hinton"), num_students=1)) is None
     without = dataclasses.replace(config, teacher=None, method="no_teacher")
     assert teacher_not_used(prepare_run(without, num_students=1)) is None
+
+
+ONE = "Expected more than 1 value per channel when training, got input size torch.Size([1, {}, 1, 1])"
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "stage", "channels"),
+    [
+        ("hinton", "", "all", 128),
+        ("one", "", "all", 128),
+        ("mskd", "", "all", 128),
+        ("skd", "", "stage4", 128),
+        ("skd", "input_from=teacher", "blocks", 128),
+        ("fitnet", "", "all", 128),
+    ],
+)
+def test_single_images_are_refused_where_a_trained_map_has_one_pixel(
+    config: RunConfig, method: str, options: str, stage: str, channels: int
+) -> None:
+    """Four students share four images: each has a micro-batch of one. At twice the size the smallest map has four."""
+    small = dataclasses.replace(
+        config,
+        method=method,
+        method_options=options,
+        teacher="skd_narrow_resnet26",
+        global_batch_size=4,
+        image_size=32,
+    )
+    with pytest.raises(UserError) as caught:
+        try_stages(prepare_run(small, num_students=4))
+    assert caught.value.line == (
+        f"stage {stage}: skd_narrow_resnet10 cannot train on one image of 32 pixels at a time; "
+        f"got micro-batches of 1 ({ONE.format(channels)}); "
+        "give a larger --micro-batch-size, --global-batch-size or --image-size, or fewer students"
+    )
+    try_stages(prepare_run(small, num_students=2))
+    try_stages(prepare_run(dataclasses.replace(small, image_size=64), num_students=4))
+
+
+def test_single_images_are_fine_without_batch_statistics(config: RunConfig) -> None:
+    """Layers that normalise an image by itself, and a head over frozen stages."""
+    one = dataclasses.replace(config, global_batch_size=1, image_size=64, student="test_vit", method="no_teacher")
+    try_stages(prepare_run(one, num_students=1))
+    skd = prepare_run(
+        dataclasses.replace(one, image_size=32, student=config.student, teacher="skd_narrow_resnet26", method="skd"),
+        num_students=1,
+    )
+    head = dataclasses.replace(skd.plan.stages[-1], index=0)
+    try_stages(dataclasses.replace(skd, plan=dataclasses.replace(skd.plan, stages=(head,))))
 
 
 class _Recording:
