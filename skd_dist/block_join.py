@@ -25,6 +25,7 @@ from skd_dist.peers import peer_directory
 from skd_dist.plan import StageSpec
 from skd_dist.prepare import SplitStage
 from skd_dist.stage_side import State, StudentSide
+from skd_dist.stage_values import NMSE, NMSE_FED
 
 _PREFIX = "blocks-"
 """Of the file that a peer's blocks travel in, in its run directory."""
@@ -83,14 +84,18 @@ def join_entries(own: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -
         entries: of all peers.
     """
     values = {name: value for entry in entries for name, value in entry["val"].items()}
-    num_taps = [sum(name.startswith("nmse/") for name in entry["val"]) for entry in entries]
-    nmse = sum(count * entry["nmse_last"] for count, entry in zip(num_taps, entries, strict=True)) / sum(num_taps)
     return {
         **own,
         **{name: sum(entry[name] for entry in entries) for name in _SUMS},
-        "nmse_last": nmse,
+        **{f"{name}_last": _mean_over_taps(entries, name) for name in (NMSE, NMSE_FED)},
         "val": {**values, "loss": sum(entry["val"]["loss"] for entry in entries)},
     }
+
+
+def _mean_over_taps(entries: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    num_taps = [sum(key.startswith(f"{name}/") for key in entry["val"]) for entry in entries]
+    total = sum(count * entry[f"{name}_last"] for count, entry in zip(num_taps, entries, strict=True) if count)
+    return total / sum(num_taps) if any(num_taps) else None
 
 
 def tensors_of(cut: ModelCut, groups: Sequence[str], state: Mapping[str, Tensor]) -> State:

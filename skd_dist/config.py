@@ -141,7 +141,8 @@ class RunConfig:
     """Hyper-parameters of the method, "temperature=2 alpha=0.5"; of two methods "hinton.alpha=0.5"."""
     stage_weights: Literal["last", "best"] = "last"
     """Weights a stage hands on: its last, or (as published) those with the best validation accuracy, lowest loss
-    where the stage has no logits."""
+    where the stage has no logits. Of a student with exits the last exit decides, which is RUN/student; of blocks that
+    the teacher feeds, their loss as they are fed."""
     frozen_batchnorm: Literal["eval", "train"] = "eval"
     """BatchNorm of frozen stages: eval keeps its statistics; train lets them drift as the published code does."""
     network_interface: str | None = None

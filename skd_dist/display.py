@@ -20,8 +20,10 @@ _LINE_INTERVAL_S = 5.0  # a log of a day's training stays readable
 _SHOWN = {
     "train/loss": "loss",
     "train/nmse/": "NMSE",
+    "train/nmse_fed/": "NMSE fed",
     "val/loss": "val loss",
     "val/nmse/": "val NMSE",
+    "val/nmse_fed/": "val NMSE fed",
     "val/top1_frac": "val top-1",
     "perf/student_images_per_s": "images/s",
     "perf/data_wait_frac": "data wait",
@@ -175,7 +177,7 @@ def stage_table(summary: Mapping[str, Any]) -> Table:
             str(stage["steps"]),
             _number(stage["loss_first"]),
             _number(stage["loss_last"]),
-            _number(stage["nmse_last"]),
+            _nmse(stage),
             _number(stage["student_images_per_s"]),
             _percent(stage["teacher_wait_frac"]),
             _percent(stage["data_wait_frac"]),
@@ -258,6 +260,11 @@ def _mean_results(group: Sequence[Mapping[str, Any]]) -> tuple[str, str, str]:
     rates = [value for value in map(_images_per_s, group) if value is not None]
     steps = {_num_steps(summary) for summary in group}
     return _mean_percent(top1), str(steps.pop()) if len(steps) == 1 else "-", _number(_mean(rates))
+
+
+def _nmse(stage: Mapping[str, Any]) -> str:
+    fed = stage.get("nmse_fed_last")  # a stage that an earlier version finished has none
+    return _number(stage["nmse_last"]) if fed is None else f"{_number(fed)} fed"
 
 
 def _top1_frac(summary: Mapping[str, Any]) -> float | None:

@@ -29,7 +29,7 @@ from skd_dist.stage_batches import training_batches, validation_batches
 from skd_dist.stage_loop import run_stage
 from skd_dist.stage_resume import begin, make_checkpointer, start_state
 from skd_dist.stage_side import State, StudentSide
-from skd_dist.stage_values import is_better, mean_nmse
+from skd_dist.stage_values import NMSE, NMSE_FED, is_better, mean_nmse
 from skd_dist.student import StageModule, build_stage_module, companion_part, student_part
 
 REPORTS_PER_STAGE = 50
@@ -205,7 +205,8 @@ def _summary_entry(
         "steps": stage.num_steps,
         "loss_first": report.loss_trace[0],
         "loss_last": report.loss_trace[-1],
-        "nmse_last": mean_nmse(report.last_values),
+        "nmse_last": mean_nmse(report.last_values, NMSE),
+        "nmse_fed_last": mean_nmse(report.last_values, NMSE_FED),
         "student_images_per_s": num_images / report.seconds,
         "teacher_wait_frac": report.teacher_wait_s / report.seconds,
         "data_wait_frac": report.data_wait_s / report.seconds,

@@ -17,6 +17,9 @@ from skd_dist.losses import feature_moments
 from skd_dist.meters import Meter
 from skd_dist.plan import LOGITS, StageSpec
 
+NMSE, NMSE_FED = "nmse", "nmse_fed"
+"""In reports: of features as the student runs, and of those behind a feature that the teacher gives."""
+
 
 def masked_mean(terms: LossTerms, valid: Tensor) -> Tensor:
     """Weighted sum of the terms, each averaged over the slots of the micro-batch; invalid slots count as zero.
@@ -60,29 +63,44 @@ def add_variances(meter: Meter, stage: StageSpec, targets: Outputs, valid: Tenso
 
 
 def with_nmse(values: Mapping[str, float], stage: StageSpec) -> dict[str, float]:
-    """Add `nmse/<group>` = MSE / variance of the teacher's feature; below 1 a stage has learned something."""
+    """Add `nmse/<group>` = MSE / variance of the teacher's feature; below 1 a stage has learned something.
+
+    It is `nmse_fed/<group>` where a block went on from the teacher's feature, which the student as it runs does not.
+    """
     found = {name: value for name, value in values.items() if not name.startswith("_")}
-    for tap in stage.taps:
+    num_unfed = _num_unfed(stage)
+    for place, tap in enumerate(stage.taps):
         mse = values.get(f"feature_mse/{tap.teacher}")
         if mse is not None:
             variance = values[f"_mean_square/{tap.teacher}"] - values[f"_mean/{tap.teacher}"] ** 2
-            found[f"nmse/{tap.teacher}"] = mse / variance if variance > 0 else float("nan")
+            name = NMSE if place < num_unfed else NMSE_FED
+            found[f"{name}/{tap.teacher}"] = mse / variance if variance > 0 else float("nan")
     return found
+
+
+def _num_unfed(stage: StageSpec) -> int:
+    """Taps, in network order, that come before the first feature that is given, or stand at it."""
+    students = [tap.student for tap in stage.taps]
+    if not stage.feeds:
+        return len(students)
+    first = stage.feeds[0].student
+    return students.index(first) + 1 if first in students else 0
 
 
 def is_better(values: Mapping[str, float], other: Mapping[str, float]) -> bool:
     """Whether one validation of a stage is better than another: by accuracy where it has logits, else by its loss.
 
-    A loss with terms beside the labels' would choose by them as well. Reference: as the code of arXiv 1911.06786 does.
+    A loss with terms beside the labels' would choose by them as well. The loss of blocks that the teacher feeds is that
+    of blocks so fed. Reference: as the code of arXiv 1911.06786 does.
     """
     if "val/top1_frac" in values:
         return values["val/top1_frac"] > other["val/top1_frac"]
     return values["val/loss"] < other["val/loss"]
 
 
-def mean_nmse(values: Mapping[str, float]) -> float | None:
-    """Mean over the taps of a report, whatever its prefix; None where the stage compares no features."""
-    found = [value for name, value in values.items() if "/nmse/" in name]
+def mean_nmse(values: Mapping[str, float], name: str) -> float | None:
+    """Mean of NMSE or NMSE_FED over the taps of a report, whatever its prefix; None where there is none."""
+    found = [value for key, value in values.items() if f"/{name}/" in key]
     return sum(found) / len(found) if found else None
 
 

@@ -23,12 +23,16 @@ SECONDS = timedelta(seconds=30)
 
 
 def entry(nmse: dict[str, float]) -> dict[str, Any]:
-    val = {"loss": sum(nmse.values()), **{f"nmse/{name}": value for name, value in nmse.items()}}
+    """Of a stage that is fed behind its stem."""
+    names = {name: "nmse" if name == "stem" else "nmse_fed" for name in nmse}
+    fed = [value for name, value in nmse.items() if name != "stem"]
+    val = {"loss": sum(nmse.values()), **{f"{names[name]}/{name}": value for name, value in nmse.items()}}
     return {
         "name": "blocks",
         "loss_first": 2 * sum(nmse.values()),
         "loss_last": sum(nmse.values()),
-        "nmse_last": sum(nmse.values()) / len(nmse),
+        "nmse_last": nmse.get("stem"),
+        "nmse_fed_last": sum(fed) / len(fed) if fed else None,
         "student_images_per_s": 10.0 * len(nmse),
         "val": val,
     }

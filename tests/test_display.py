@@ -145,6 +145,10 @@ def test_closing_table_has_a_row_per_stage_and_is_not_cut_in_a_log(
         ["stem", "100", "1.5", "0.25", "0.5", "400", "12%", "1%"],
         ["head", "300", "1.5", "0.25", "-", "1200", "12%", "1%"],
     ]
+    (stem, head) = _summary()["stages"]
+    blocks = stem | {"name": "blocks", "nmse_last": 0.25, "nmse_fed_last": 0.125}
+    table = _rendered(stage_table(_summary(stages=[blocks, head | {"nmse_fed_last": None}])))
+    assert [row[4] for row in table] == ["NMSE", "0.125 fed", "-"], "not what the student has"
     RunDisplay().closing_table(_summary())
     printed = capsys.readouterr().out
     assert "…" not in printed

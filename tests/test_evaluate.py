@@ -9,7 +9,7 @@ from skd_dist.evaluate import evaluate_logits, evaluate_stage
 from skd_dist.link.ask_ahead import AskAhead
 from skd_dist.link.inline import InlineLink
 from skd_dist.methods import find_method
-from skd_dist.plan import LOGITS, OptimizerSpec, StageSpec, Tap
+from skd_dist.plan import LOGITS, Feed, OptimizerSpec, StageSpec, Tap
 
 CPU = torch.device("cpu")
 
@@ -71,3 +71,45 @@ def test_a_stage_s_objective_and_nmse_are_over_the_whole_split() -> None:
     assert found["val/loss"] == found["val/feature_mse/stage1"] == pytest.approx(float(mse))
     assert found["val/nmse/stage1"] == pytest.approx(float(mse / variance), rel=1e-5)
     assert LOGITS not in found and "val/top1_frac" not in found
+
+
+class Passes(nn.Module):
+    """Three groups that each double what they go on from; what is given stands for the group's own."""
+
+    def forward(self, images: Tensor, given: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        feature, found = images.float(), {}
+        for name in ("a", "b", "c"):
+            found[name] = 2 * feature
+            feature = (given or {}).get(name, found[name])
+        return found
+
+
+@pytest.mark.parametrize(
+    ("taps", "feeds", "names"),
+    [
+        ("abc", "", ["nmse/a", "nmse/b", "nmse/c"]),
+        ("abc", "ab", ["nmse/a", "nmse_fed/b", "nmse_fed/c"]),
+        ("bc", "ab", ["nmse_fed/b", "nmse_fed/c"]),
+        ("ab", "b", ["nmse/a", "nmse/b"]),
+        ("c", "b", ["nmse_fed/c"]),
+        ("a", "", ["nmse/a"]),
+    ],
+)
+def test_nmse_behind_a_feature_that_is_given_says_so(taps: str, feeds: str, names: list[str]) -> None:
+    """The groups of ranks that share such a stage, and one that has it whole, call each figure alike."""
+    stage = StageSpec(
+        index=0,
+        name="blocks",
+        trains=tuple(taps),
+        taps=tuple(Tap(student=name, teacher=name) for name in taps),
+        feeds=tuple(Feed(student=name, teacher=name) for name in feeds),
+        num_steps=1,
+        optimizer=OptimizerSpec(),
+    )
+    ask = AskAhead(InlineLink(lambda images, outputs: dict.fromkeys(outputs, images.float())), depth=1)
+    found = evaluate_stage(Passes(), stage=stage, method=find_method("skd"), batches=BATCHES, ask=ask, device=CPU)
+    assert sorted(name.removeprefix("val/") for name in found if "nmse" in name) == names
+    # The targets are 0, 1, 2, 2, and 2x, 4x, 8x of them what the groups make one after the other.
+    error = {"nmse/a": 1, "nmse/b": 9, "nmse/c": 49, "nmse_fed/b": 1, "nmse_fed/c": 1}
+    for name in names:
+        assert found[f"val/{name}"] == pytest.approx(error[name] * 2.25 / 0.6875, rel=1e-5)

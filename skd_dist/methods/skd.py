@@ -28,7 +28,11 @@ class Skd(BaseMethod):
 
     name: str = "skd"
     input_from: Literal["student", "teacher"] = "student"
-    """What a stage goes on from: the student's own feature, or the teacher's (then all stages train together)."""
+    """What a stage goes on from: the student's own feature, or the teacher's (then all stages train together).
+
+    Validation feeds them as training does: `nmse_fed/<group>` and the stage's losses are of blocks that never run
+    together, and the student's own features can be far worse. Its accuracy after the head is its own.
+    """
     features: Literal["one_by_one", "at_once", "last_only"] = "one_by_one"
     """Which features are compared, and when; the other two are ablations."""
 

@@ -106,17 +106,18 @@ def test_groups_are_bit_for_bit_one_group(
         assert summary["teacher"] == whole["teacher"]
         blocks, of_whole = summary["stages"][0], whole["stages"][0]
         assert blocks["val"] == pytest.approx(of_whole["val"], rel=1e-6) and len(blocks["val"]) == 11
-        for name in ("loss_first", "loss_last", "nmse_last"):
+        for name in ("loss_first", "loss_last", "nmse_last", "nmse_fed_last"):
             assert blocks[name] == pytest.approx(of_whole[name], rel=1e-6)
 
 
 def test_each_group_trains_its_own_blocks(first_launch: Finished, folder: Path) -> None:
     trained = [
-        {name.removeprefix("train/nmse/") for event in events_of(folder / "apart" / peer) if event.kind == "metrics"
-         for name in event.data["values"] if name.startswith("train/nmse/")}
+        {name.removeprefix("train/") for event in events_of(folder / "apart" / peer) if event.kind == "metrics"
+         for name in event.data["values"] if name.startswith("train/nmse")}
         for peer in BOTH
     ]  # fmt: skip
-    assert trained == [{"stem", "stage1"}, {"stage2", "stage3", "stage4"}]
+    fed = [{"nmse/stem", "nmse_fed/stage1"}, {"nmse_fed/stage2", "nmse_fed/stage3", "nmse_fed/stage4"}]
+    assert trained == fed
     assert not list((folder / "apart").rglob("blocks-*")), "what they exchanged is gone"
 
 
