@@ -5,7 +5,8 @@
                 the student's last exit   <- the teacher's logits
 
 The exits' mean of probabilities is the prediction. One-to-one answers the mismatch of a shallow branch with a whole
-teacher, and needs a teacher with exits (`recipes/train_teacher.py --exits`).
+teacher, and needs a teacher with exits (`recipes/train_teacher.py --exits`). RUN/student is the backbone with its last
+exit, and so `--stage-weights best` goes by the last exit's accuracy; that of the ensemble is measured beside it.
 
 Reference: Xu et al., "Multiple-Stage Knowledge Distillation", Applied Sciences 2022, 12(19), 9453. Only its abstract
 was at hand: the formula, the temperature, the weights and the equal ensemble are ours.
