@@ -144,7 +144,7 @@ class Method(Protocol):
     @property
     def companion_file(self) -> str | None:
         """Name without suffix of the file in which the last stage's companion is published beside the student; None:
-        it is not. `predictions` of such a method are measured with the finished student too."""
+        it is not. `predictions` of such a method are measured again with what is published."""
         ...
 
     def plan(self, context: PlanContext) -> StagePlan: ...
@@ -164,7 +164,10 @@ class Method(Protocol):
         ...
 
     def predictions(self, stage: StageSpec, student: Outputs) -> Mapping[str, Tensor]:
-        """Class scores [N, K] beside the student's logits whose accuracy is to be measured, by name."""
+        """Class scores [N, K] beside the student's logits whose accuracy is to be measured, by name.
+
+        On the validation split in every stage, and on the test split at the end of the last.
+        """
         ...
 
 

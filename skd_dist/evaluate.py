@@ -28,6 +28,9 @@ def go_on() -> None:
     """Nothing between two batches."""
 
 
+PREDICTION = "top1_frac/"
+"""What the accuracy of a prediction beside the student's own is called, before its name."""
+
 Predict = Callable[[Batch, Outputs], Tensor]
 """Batch on the device and the teacher's outputs -> logits [N, K]."""
 
@@ -69,13 +72,13 @@ def evaluate_predictions(
         predict: batch on the device -> class scores [N, K] by name.
 
     Returns:
-        Name -> share of valid samples, 0..1; equal on all students. Collective.
+        `top1_frac/<name>`: share of valid samples, 0..1; equal on all students. Collective.
     """
     meter = Meter()
     for cpu_batch in batches:
         with torch.inference_mode():
             batch = to_device(cpu_batch, device)
-            _add_predictions(meter, predict(batch), batch, prefix="")
+            _add_predictions(meter, predict(batch), batch)
         after_batch()
     return meter.reduce()
 
@@ -121,14 +124,14 @@ def evaluate_stage(
             add_variances(meter, stage, targets, batch.valid)
             if LOGITS in outputs:
                 _add_classification(meter, outputs[LOGITS], batch)
-            _add_predictions(meter, method.predictions(stage, outputs), batch, prefix="top1_frac/")
+            _add_predictions(meter, method.predictions(stage, outputs), batch)
         after_batch()
     return {f"val/{name}": value for name, value in with_nmse(meter.reduce(), stage).items()}
 
 
-def _add_predictions(meter: Meter, predictions: Mapping[str, Tensor], batch: Batch, *, prefix: str) -> None:
+def _add_predictions(meter: Meter, predictions: Mapping[str, Tensor], batch: Batch) -> None:
     for name, scores in predictions.items():
-        meter.add_samples(f"{prefix}{name}", (scores.argmax(1) == batch.labels).float(), batch.valid)
+        meter.add_samples(f"{PREDICTION}{name}", (scores.argmax(1) == batch.labels).float(), batch.valid)
 
 
 def _add_classification(meter: Meter, logits: Tensor, batch: Batch) -> None:

@@ -18,14 +18,14 @@ from skd_dist import __version__
 from skd_dist.block_join import join_blocks, split_of
 from skd_dist.checkpoint import Companion, write_stage_result
 from skd_dist.engines import make_engine
-from skd_dist.evaluate import AfterBatch, evaluate_stage
+from skd_dist.evaluate import PREDICTION, AfterBatch, evaluate_predictions, evaluate_stage
 from skd_dist.models.create import weights_digest
 from skd_dist.plan import StageSpec
 from skd_dist.prepare import Prepared
 from skd_dist.progress import StageProgress
 from skd_dist.resume_point import remove_all
 from skd_dist.shared_pass import Turns
-from skd_dist.stage_batches import training_batches, validation_batches
+from skd_dist.stage_batches import split_batches, training_batches, validation_batches
 from skd_dist.stage_loop import run_stage
 from skd_dist.stage_resume import begin, make_checkpointer, start_state
 from skd_dist.stage_side import State, StudentSide
@@ -102,11 +102,14 @@ def train_stage(side: StudentSide, stage: StageSpec, state: State) -> Turns[Stag
             chosen, chosen_values = now, now_values
         if config.stage_weights == "best":
             checkpointer.chosen, checkpointer.chosen_values = chosen, chosen_values
-    engine.close()
     assert chosen is not None
     report = progress.averaged()
     check_frozen(side, stage, before=state, after=student_part(chosen))
     entry = _summary_entry(stage, report, chosen_values, num_images=stage.num_steps * shape.global_batch_size)
+    if _is_tested(side, stage, chosen_values):
+        module = _plain_copy(side, stage, chosen)
+        entry["test"] = measure_predictions(side, stage, module, "test", after_batch=leave_if_needed)
+    engine.close()
     joined, entry = join_blocks(side, stage, student_part(chosen), entry)
     result = StageResult(state=joined, entry=entry, companion=_companion(side, chosen))
     _publish(side, stage, result)
@@ -131,11 +134,9 @@ def stage_module(prepared: Prepared, stage: StageSpec, state: Mapping[str, Tenso
 
 def validate(side: StudentSide, stage: StageSpec, module_state: State, *, after_batch: AfterBatch) -> dict[str, float]:
     """The stage's objective on the validation split, with a plain copy of the module."""
-    copy = stage_module(side.prepared, stage, student_part(module_state))
-    copy.load_state_dict(module_state, strict=True)
     with closing(validation_batches(side, stage)) as batches:
         values = evaluate_stage(
-            copy.to(side.device),
+            _plain_copy(side, stage, module_state),
             stage=stage,
             method=side.prepared.method,
             batches=batches,
@@ -146,6 +147,36 @@ def validate(side: StudentSide, stage: StageSpec, module_state: State, *, after_
         )
     side.quarantine.settle_if_needed()
     return values
+
+
+def measure_predictions(
+    side: StudentSide, stage: StageSpec, module: StageModule, split: str, *, after_batch: AfterBatch
+) -> dict[str, float]:
+    """`top1_frac/<prediction>` of each of the method's predictions on a split, with a plain module on the device."""
+    module.eval()
+    with closing(split_batches(side, split)) as batches:
+        measured = evaluate_predictions(
+            lambda batch: side.prepared.method.predictions(stage, module(batch.images)),
+            batches=batches,
+            device=side.device,
+            after_batch=after_batch,
+        )
+    side.quarantine.settle_if_needed()
+    return measured
+
+
+def _is_tested(side: StudentSide, stage: StageSpec, values: Mapping[str, float]) -> bool:
+    """Whether predictions are measured on the test split here: with a companion that is not kept in a file."""
+    prepared = side.prepared
+    is_last = stage.index == len(prepared.plan.stages) - 1
+    has_predictions = any(name.startswith(f"val/{PREDICTION}") for name in values)
+    return is_last and has_predictions and prepared.method.companion_file is None and prepared.splits.test is not None
+
+
+def _plain_copy(side: StudentSide, stage: StageSpec, module_state: Mapping[str, Tensor]) -> StageModule:
+    copy = stage_module(side.prepared, stage, student_part(module_state))
+    copy.load_state_dict(module_state, strict=True)
+    return copy.to(side.device)
 
 
 def check_frozen(

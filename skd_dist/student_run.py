@@ -1,6 +1,6 @@
 """A run as a student lives it: is the teacher worth learning from, which stages are left, what came out.
 
-What came out is the student alone; of a method that publishes what trained beside it (exits), its predictions as well.
+What came out is the student alone; of a method with further predictions (exits, an ensemble) their accuracy as well.
 
 Every student walks through here in step; rank 0 alone writes the run's files.
 """
@@ -26,7 +26,7 @@ from skd_dist.checkpointer import Preempted
 from skd_dist.contracts import Batch, Outputs
 from skd_dist.data.bad_samples import BadSample
 from skd_dist.errors import UserError
-from skd_dist.evaluate import evaluate_logits, evaluate_predictions
+from skd_dist.evaluate import PREDICTION, evaluate_logits
 from skd_dist.meters import any_student
 from skd_dist.models.cost import exit_costs
 from skd_dist.models.create import create_model, load_weights, weights_digest
@@ -37,7 +37,7 @@ from skd_dist.plan import LOGITS
 from skd_dist.prepare import Prepared
 from skd_dist.shared_pass import Turns
 from skd_dist.stage_batches import split_batches
-from skd_dist.stage_runner import stage_module, train_stage
+from skd_dist.stage_runner import measure_predictions, stage_module, train_stage
 from skd_dist.stage_side import State, StudentSide
 
 TEACHER_SAMPLE = 1024
@@ -56,12 +56,17 @@ def run_student(side: StudentSide) -> Turns[dict[str, Any]]:
     write_student(side, state, companion)
     splits = [split for split in ("val", "test") if _has(side, split)]
     measured = {split: measure_student(side, state, split) for split in splits}
-    final = {f"final/{split}/{name}": value for split, values in measured.items() for name, value in values.items()}
-    beside: dict[str, Any] = {}
-    if companion is not None:
-        top1 = {split: measure_companion(side, state, companion, split) for split in splits}
-        final |= {f"final/{split}/top1_frac/{name}": top1[split][name] for split in splits for name in top1[split]}
-        beside = {companion.file: describe_predictions(side, companion, top1)}
+    if companion is None:
+        what, predicted = "predictions", {split: _predictions_of(stages[-1].get(split, {})) for split in splits}
+    else:
+        what = companion.file
+        predicted = {split: measure_companion(side, state, companion, split) for split in splits}
+    final = {
+        f"final/{split}/{name}": value
+        for split in splits
+        for name, value in {**measured[split], **predicted[split]}.items()
+    }
+    beside = {what: described} if (described := describe_predictions(side, what, predicted)) else {}
     side.tracker.log_metrics(final, step=sum(stage["steps"] for stage in stages), child=False)
     return {
         "teacher_top1_frac": teacher_top1,
@@ -72,6 +77,11 @@ def run_student(side: StudentSide) -> Turns[dict[str, Any]]:
         "weights_digest": weights_digest(state),
         "whole_digest": weights_digest({**state, **_named_after_file(companion)}),
     }
+
+
+def _predictions_of(values: Mapping[str, float]) -> dict[str, float]:
+    """Of what the last stage measured when its companion was still there."""
+    return {name: value for name, value in values.items() if name.startswith(PREDICTION)}
 
 
 def _named_after_file(companion: Companion | None) -> State:
@@ -184,34 +194,31 @@ def measure_student(side: StudentSide, state: State, split: str) -> dict[str, fl
 
 
 def measure_companion(side: StudentSide, state: State, companion: Companion, split: str) -> dict[str, float]:
-    """Top-1 of each of the method's predictions, with the student and its companion as they are published."""
+    """`measure_predictions` of the last stage, with the student and its companion as they are published."""
     stage = side.prepared.plan.stages[-1]
     module = stage_module(side.prepared, stage, state)
     assert module.companion is not None, "what was published was the companion of this stage"
     module.companion.load_state_dict(companion.state, strict=True)
-    module = module.eval().to(side.device)
-    with closing(split_batches(side, split)) as batches:
-        measured = evaluate_predictions(
-            lambda batch: side.prepared.method.predictions(stage, module(batch.images)),
-            batches=batches,
-            device=side.device,
-            after_batch=partial(leave_if_asked, side, f"its {companion.file} were measured on {split}"),
-        )
-    side.quarantine.settle_if_needed()
-    return measured
+    leave = partial(leave_if_asked, side, f"its {companion.file} were measured on {split}")
+    return measure_predictions(side, stage, module.to(side.device), split, after_batch=leave)
 
 
 def describe_predictions(
-    side: StudentSide, companion: Companion, top1: Mapping[str, Mapping[str, float]]
+    side: StudentSide, what: str, predicted: Mapping[str, Mapping[str, float]]
 ) -> dict[str, dict[str, Any]]:
-    """By prediction: what it costs, where that is known, and its top-1 on each split."""
+    """By prediction: what it costs, where that is known, and its top-1 on each split.
+
+    Args:
+        what: EXITS, or another word for them.
+        predicted: `top1_frac/<prediction>` by split.
+    """
     found: dict[str, dict[str, Any]] = {}
-    if companion.file == EXITS:
+    if what == EXITS:
         for cost in exit_costs(side.prepared.models.student):
             found[cost.name] = {"num_params": cost.num_params, "flops_per_image": cost.flops_per_image}
-    for split, values in top1.items():
+    for split, values in predicted.items():
         for name, value in values.items():
-            found.setdefault(name, {})[split] = {"top1_frac": value}
+            found.setdefault(name.removeprefix(PREDICTION), {})[split] = {"top1_frac": value}
     return found
 
 

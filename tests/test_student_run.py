@@ -162,6 +162,31 @@ def test_a_run_resumed_inside_the_stage_gives_the_same(
     assert summary["exits"] == finished[1]["exits"]
 
 
+def as_its_own_test_set(folder: Path, method: str) -> Prepared:
+    """What is measured on both splits is then the same."""
+    prepared = prepare(folder, method)
+    return dataclasses.replace(prepared, splits=dataclasses.replace(prepared.splits, test=prepared.splits.val))
+
+
+@pytest.mark.parametrize(("method", "names"), [("one", ["branch2", "branch3", "ensemble"]), ("dml", ["peer2"])])
+def test_predictions_that_no_file_keeps_are_measured_on_the_test_split_too(
+    tmp_path: Path, method: str, names: list[str]
+) -> None:
+    """Also of a run that is stopped meanwhile, and of one that is resumed when they are gone."""
+    prepared = as_its_own_test_set(tmp_path, method)
+    with pytest.raises(Preempted, match=f"^stopped after step {NUM_STEPS}$"):
+        finish(side_of(prepared, tmp_path / "run", stop_asked=at_call(NUM_STEPS + 1 + NUM_VAL_BATCHES + 3)))
+    summary = finish(side_of(prepared, tmp_path / "run"))
+    (stage,) = summary["stages"]
+    assert list(summary["predictions"]) == names
+    metrics = final_metrics(tmp_path / "run")
+    for name in names:
+        top1 = stage["val"][f"top1_frac/{name}"]
+        assert summary["predictions"][name] == {split: {"top1_frac": top1} for split in ("val", "test")}
+        assert metrics[f"final/test/top1_frac/{name}"] == metrics[f"final/val/top1_frac/{name}"] == top1
+    assert finish(side_of(prepared, tmp_path / "run")) == summary
+
+
 def test_a_teacher_that_overflows_is_not_said_to_be_no_better_than_chance(prepared: Prepared, tmp_path: Path) -> None:
     """Also where an untrained one is allowed. A logit of minus infinity would not show in the cross-entropy."""
     side = student(prepared, tmp_path)
@@ -185,4 +210,5 @@ def test_a_teacher_that_overflows_is_not_said_to_be_no_better_than_chance(prepar
 def test_a_method_without_exits_publishes_the_student_alone(prepared: Prepared, tmp_path: Path) -> None:
     summary = finish(side_of(prepare(tmp_path, "no_teacher"), tmp_path / "run"))
     assert [path.name for path in (tmp_path / "run" / "student").iterdir()] == ["model.safetensors"]
-    assert "exits" not in summary and not any("stage1" in name for name in final_metrics(tmp_path / "run"))
+    assert not {"exits", "predictions"} & summary.keys() and "test" not in summary["stages"][0]
+    assert not any("stage1" in name for name in final_metrics(tmp_path / "run"))
