@@ -14,7 +14,7 @@ from pathlib import Path
 
 from skd_dist.config import RunConfig
 from skd_dist.data.selection import describe_steps
-from skd_dist.errors import named
+from skd_dist.errors import named, of_run
 from skd_dist.models.cost import GroupCost, exit_costs, group_costs
 from skd_dist.models.cut import ModelCut
 from skd_dist.models.exits import EXITS, group_of, is_exit
@@ -40,7 +40,7 @@ def describe_runs(configs: Sequence[RunConfig], *, world: World) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         open_splits = splits_opener(keep_index=False)
         for config in configs:
-            with contextlib.nullcontext() if len(configs) == 1 else named(f"run {config.name}"):
+            with contextlib.nullcontext() if len(configs) == 1 else named(of_run(config.name)):
                 parts.append(_describe(config, roles_of(config, world), world, Path(scratch), open_splits))
     return "\n\n".join(parts)
 

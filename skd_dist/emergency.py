@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from skd_dist.config import RunConfig
-from skd_dist.errors import EXIT_USER_ERROR
+from skd_dist.errors import EXIT_USER_ERROR, of_run
 from skd_dist.job.consensus import print_error
 from skd_dist.job.notices import NoticeReader
 from skd_dist.job.pulse import Pulse
@@ -36,13 +36,20 @@ class Emergency:
         self._watched.append((tracker, config))
 
     def end(self, status: Status, error: str | None = None) -> None:
-        """Say it once; later calls say nothing, but wait until it is said: another thread may end the process next."""
+        """Say it once; later calls say nothing, but wait until it is said: another thread may end the process next.
+
+        Where the error is that of one run, those that shared the teacher's pass with it were stopped by it.
+        """
         with self._ending:
             watched, self._watched = self._watched, []
+            failed = [config for _, config in watched if (error or "").startswith(f"{of_run(config.name)}: ")]
             for tracker, config in watched:
-                tracker.end(status)
-                if status != "FINISHED":
-                    _write_failure(config, status, error)
+                own, text = status, error
+                if status == "FAILED" and failed and config not in failed:
+                    own, text = "KILLED", f"stopped because {error}; this run can go on with --resume"
+                tracker.end(own)
+                if own != "FINISHED":
+                    _write_failure(config, own, text)
             while self._locks:
                 self._locks.pop().release()
 

@@ -37,12 +37,17 @@ class NoTeacherError(UserError):
     """Every teacher of a student has lost its model, and none came back in time."""
 
 
+def of_run(name: str) -> str:
+    """Whose an error of a run is, where a launch has several: its line begins so."""
+    return f"run {name}"
+
+
 @contextlib.contextmanager
 def named(whose: str) -> Iterator[None]:
     """Errors in here begin with whose they are, where a launch has several such.
 
     Args:
-        whose: for example `run hinton-f0.1-s0`.
+        whose: for example `of_run("hinton-f0.1-s0")`.
     """
     try:
         yield

@@ -14,7 +14,7 @@ from skd_dist.checkpoint import cannot_go_on_without
 from skd_dist.config import RunConfig
 from skd_dist.display import RunDisplay
 from skd_dist.emergency import Guards
-from skd_dist.errors import UserError
+from skd_dist.errors import UserError, named, of_run
 from skd_dist.job.consensus import JobEnded, agree, check_shared_directory
 from skd_dist.job.rendezvous import Job
 from skd_dist.link.ask_ahead import AskAhead
@@ -32,7 +32,7 @@ from skd_dist.run_setup import (
     quarantine_of,
     track_run,
 )
-from skd_dist.shared_pass import PassPlan, SharedAsk, take_turns
+from skd_dist.shared_pass import PassPlan, SharedAsk, Turns, take_turns
 from skd_dist.stage_side import FoundPoint, StudentSide
 from skd_dist.student_run import run_student
 from skd_dist.teacher import Teacher
@@ -94,13 +94,20 @@ def _share(one: RunConfig, other: RunConfig) -> bool:
 
 
 def run_group(
-    configs: Sequence[RunConfig], job: Job, *, key: str, guards: Guards, worker: TeacherProcess | None
+    configs: Sequence[RunConfig],
+    job: Job,
+    *,
+    key: str,
+    is_alone: bool,
+    guards: Guards,
+    worker: TeacherProcess | None,
 ) -> list[dict[str, Any]]:
     """Some runs on this rank, together; where peers have ranks of their own, the part of this rank's peer.
 
     Args:
         configs: one, or several of one group.
         key: names their points of agreement.
+        is_alone: whether the launch has one run; else errors say whose they are.
         worker: holds the teacher of a teacher rank.
 
     Returns:
@@ -121,7 +128,7 @@ def run_group(
         serve_teacher(job, teacher, key, runs[0].prepared)
     else:
         runs = [_track(run, job, guards, display) for run, display in zip(runs, displays, strict=True)]
-        found = _train(runs, job, teacher, key, guards, displays)
+        found = _train(runs, job, teacher, key, guards, displays, is_alone=is_alone)
     _check_teacher_unchanged(job, teacher, key)
     if not job.writes:
         return []
@@ -177,6 +184,8 @@ def _train(
     key: str,
     guards: Guards,
     displays: Sequence[RunDisplay],
+    *,
+    is_alone: bool,
 ) -> list[dict[str, Any]]:
     """Let the students of all runs go on in turns, over one link."""
     config, stop_asked = runs[0].config, lambda: guards.stop.asked
@@ -196,7 +205,7 @@ def _train(
         for run, display in zip(runs, displays, strict=True)
     ]
     found = take_turns(
-        [run_student(side) for side in sides],
+        [run_student(side) if is_alone else _run_by_name(side) for side in sides],
         device=job.device,
         after_round=ask.forget if isinstance(ask, SharedAsk) else lambda: None,
     )
@@ -208,6 +217,11 @@ def _train(
     for display in displays:
         display.end_run()
     return found
+
+
+def _run_by_name(side: StudentSide) -> Turns[dict[str, Any]]:
+    with named(of_run(side.prepared.config.name)):
+        return (yield from run_student(side))
 
 
 def _pass_plan(runs: Sequence[OpenRun]) -> PassPlan | None:

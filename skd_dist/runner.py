@@ -116,7 +116,8 @@ def run_all(configs: Sequence[RunConfig], *, world: World) -> int:
     try:
         try_together(job, configs)
         for number, group in enumerate(groups_of(resume_those_begun(configs))):
-            summaries += run_group(group, job, key=f"{number}-{group[0].name}", guards=guards, worker=worker)
+            key, is_alone = f"{number}-{group[0].name}", len(configs) == 1
+            summaries += run_group(group, job, key=key, is_alone=is_alone, guards=guards, worker=worker)
         if job.world.rank == 0:
             _show(summaries)
     except JobEnded as ended:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from skd_dist.config import RunConfig
-from skd_dist.errors import UserError, named
+from skd_dist.errors import UserError, named, of_run
 from skd_dist.methods.base import BaseMethod
 from skd_dist.models.create import check_source
 from skd_dist.plan import StageSpec
@@ -33,7 +33,7 @@ def try_runs(configs: Sequence[RunConfig], *, num_students: int, open_splits: Op
     """
     tried = set()
     for number, config in enumerate(configs):
-        with named(f"run {config.name}"):
+        with named(of_run(config.name)):
             prepared = prepare_run(config, num_students=num_students, open_splits=open_splits)
             if prepared.plan.needs_teacher:
                 _check_teacher_files(config, trained_before=[other.run_dir for other in configs[:number]])

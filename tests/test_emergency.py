@@ -60,6 +60,39 @@ def test_another_thread_that_ends_the_process_says_the_same(tmp_path: Path, exit
     assert json.loads((tmp_path / "summary.json").read_text())["status"] == status
 
 
+class Noting(NullTracker):
+    """A tracker that remembers its end."""
+
+    def end(self, status: str) -> None:
+        self.status = status
+
+
+@pytest.mark.parametrize(
+    ("line", "exit_code", "ends", "others"),
+    [
+        ("run b: stage all, step 0: the loss is not finite", EXIT_USER_ERROR, "killed failed killed", True),
+        ("rank 1 stopped answering", EXIT_USER_ERROR, "failed failed failed", False),
+        ("run b: no teacher is left", EXIT_STOPPED, "killed killed killed", False),
+    ],
+)
+def test_an_error_of_one_run_is_not_said_of_those_that_it_stops(
+    tmp_path: Path, line: str, exit_code: int, ends: str, others: bool
+) -> None:
+    """The three share a pass of the teacher; the name of the third begins like that of the second."""
+    emergency, trackers = Emergency(), [Noting(), Noting(), Noting()]
+    for tracker, name in zip(trackers, ("a", "b", "b2"), strict=True):
+        (tmp_path / name).mkdir()
+        folder = tmp_path / name
+        config = RunConfig(train_shards="t", val_shards="v", student="s", num_classes=2, name=name, run_dir=folder)
+        emergency.watch(tracker, config)
+    emergency.fail(line, exit_code)
+    found = {name: json.loads((tmp_path / name / "summary.json").read_text()) for name in ("a", "b", "b2")}
+    assert [summary["status"] for summary in found.values()] == ends.split()
+    assert [tracker.status.lower() for tracker in trackers] == ends.split()
+    told = f"stopped because {line}; this run can go on with --resume"
+    assert [summary["error"] for summary in found.values()] == ([told, line, told] if others else [line] * 3)
+
+
 def test_a_disk_that_is_full_keeps_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")

@@ -158,6 +158,6 @@ def test_stopped_and_resumed_peers_are_those_that_were_left_alone(second_launch:
 def test_a_peer_that_is_killed_ends_the_other_in_one_line(second_launch: Finished, folder: Path) -> None:
     assert second_launch.returncode != 0
     assert second_launch.complaints == [
-        "skd_dist: peer 1: peer 2 (rank 1) closed its connection; see the output of that rank"
+        "skd_dist: peer 1: run killed: peer 2 (rank 1) closed its connection; see the output of that rank"
     ]
     assert summary_of(folder / "killed")["status"] == "failed"

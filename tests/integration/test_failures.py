@@ -1,9 +1,10 @@
 """Errors that one rank finds end every rank: one line, exit code 2, nothing half-written."""
 
 import json
+import re
 from pathlib import Path
 
-from launching import ROOT, Finished, exit_codes, launch, noting_exit_codes, summary_of
+from launching import ROOT, Finished, exit_codes, launch, launch_cases, noting_exit_codes, summary_of
 from mlflow import MlflowClient
 from safetensors.torch import save_file
 
@@ -37,3 +38,20 @@ def test_a_teacher_no_better_than_chance_ends_all_and_the_run_is_marked_failed(
     run_key = json.loads((runs / "guessing" / "config.json").read_text())["run_key"]
     found = client.search_runs([experiment.experiment_id], filter_string=f"tags.`{RUN_KEY}` = '{run_key}'")
     assert [run.info.status for run in found] == ["FAILED"]
+
+
+def test_a_run_that_diverges_is_named_and_its_neighbours_are_stopped_and_go_on(tmp_path: Path) -> None:
+    """Two that share a pass of the teacher; the second diverges in its second stage."""
+    shared = {"share_teacher_pass": True, "teacher_ranks": 0, "deepspeed_config": "none", "stage_duration": "2steps"}
+    sound = shared | {"name": "sound"}
+    diverging = shared | {"name": "diverging", "lr": 1e30}
+    done = launch_cases(tmp_path, [sound, diverging], ranks=1)
+    (line,) = done.complaints
+    assert re.match(r"skd_dist: run diverging: stage \w+, step \d: the loss is not finite; got nan from ", line)
+    error = line.removeprefix("skd_dist: ")
+    failed, stopped = summary_of(tmp_path / "diverging"), summary_of(tmp_path / "sound")
+    assert (failed["status"], failed["error"]) == ("failed", error)
+    assert stopped["status"] == "killed"
+    assert stopped["error"] == f"stopped because {error}; this run can go on with --resume"
+    launch_cases(tmp_path, [sound | {"resume": True}], ranks=1, name="again")
+    assert summary_of(tmp_path / "sound")["status"] == "finished"
