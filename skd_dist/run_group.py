@@ -19,16 +19,15 @@ from skd_dist.job.consensus import JobEnded, agree, check_shared_directory
 from skd_dist.job.rendezvous import Job
 from skd_dist.link.ask_ahead import AskAhead
 from skd_dist.link.cohort import CohortLink, open_cohort_link
-from skd_dist.methods import find_method
 from skd_dist.peers import PEERS, peer_config
 from skd_dist.prepare import Prepared, teacher_not_used
-from skd_dist.run_record import write_summary
+from skd_dist.prepare_together import prepare_together
+from skd_dist.run_record import summary_of, write_summary
 from skd_dist.run_setup import (
     engine_spec_of,
     keep_micro_batch_size,
     lock_directory,
     open_record,
-    prepare_together,
     quarantine_of,
     track_run,
 )
@@ -39,13 +38,6 @@ from skd_dist.teacher import Teacher
 from skd_dist.teacher_process import TeacherProcess
 from skd_dist.teacher_run import LINK_TIMEOUT, TeacherNote, load_teacher, make_link, serve_teacher
 from skd_dist.tracking import JOURNAL_FILE, NullTracker, RunTracker
-
-_MAY_DIFFER = frozenset(
-    ("student", "student_checkpoint", "match", "method", "method_options", "stage_duration", "head_duration", "lr")
-    + ("optimizer", "schedule", "weight_decay", "stage_weights", "frozen_batchnorm", "deepspeed_config", "run_dir")
-    + ("name", "resume", "resume_or_start")
-)
-"""Fields of runs that share a pass; in all others they are equal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,30 +59,6 @@ class OpenRun:
     @property
     def digest(self) -> str | None:
         return self.note.digest if self.note else None
-
-
-def groups_of(configs: Sequence[RunConfig]) -> list[list[RunConfig]]:
-    """Runs that share a pass, where the first of them stands; a run that shares with nobody is alone."""
-    groups: list[list[RunConfig]] = []
-    for config in configs:
-        group = next((group for group in groups if _share(group[0], config)), None)
-        if group is None:
-            groups.append([config])
-        else:
-            group.append(config)
-    return groups
-
-
-def _share(one: RunConfig, other: RunConfig) -> bool:
-    # A bad sample is found by one run and not read by the others, who would have to be told.
-    if not one.share_teacher_pass or one.teacher is None or one.on_bad_sample == "quarantine":
-        return False
-    # A teacher with exits is another teacher, by its digest.
-    with_exits = [find_method(run.method, run.method_options).learns_from_exits for run in (one, other)]
-    if with_exits[0] != with_exits[1]:
-        return False
-    names = {field.name for field in dataclasses.fields(RunConfig)} - _MAY_DIFFER
-    return all(getattr(one, name) == getattr(other, name) for name in names)
 
 
 def run_group(
@@ -289,32 +257,8 @@ def _remove_those_empty(job: Job, configs: Sequence[RunConfig], key: str) -> Non
 
 def _finish(run: OpenRun, found: dict[str, Any]) -> dict[str, Any]:
     """Write down what came out of a run, and give it back."""
-    summary = _summary(run.prepared, found, run.digest, run.tracker)
+    summary = summary_of(run.prepared, found, teacher_digest=run.digest, tracked=run.tracker.summary())
     with cannot_go_on_without(run.config.run_dir / "summary.json"):
         write_summary(run.config.run_dir, summary)
     run.tracker.log_dict(summary, name="summary.json")
     return summary
-
-
-def _summary(prepared: Prepared, found: dict[str, Any], digest: str | None, tracker: RunTracker) -> dict[str, Any]:
-    config = prepared.config
-    return {
-        "status": "finished",
-        "name": config.name,
-        "method": config.method,
-        "fraction": config.fraction,
-        "seed": config.seed,
-        "num_train_samples": len(prepared.splits.train_ids),
-        "micro_batch_size": prepared.shape.micro_batch_size,
-        "num_compared_samples": prepared.shape.micro_batch_size if prepared.method.compares_samples else None,
-        "data_digest": prepared.splits.digest,
-        "val_digest": prepared.splits.val_digest,
-        "test_digest": prepared.splits.test.digest if prepared.splits.test else None,
-        "label_noise_frac": prepared.splits.selection.label_noise_frac,
-        "plan_digest": prepared.plan.digest(),
-        "teacher": {"name": config.teacher, "digest": digest, "top1_frac": found.pop("teacher_top1_frac")},
-        "student": {"name": config.student, "num_params": found.pop("num_params")},
-        **({} if prepared.peer is None else {"peer": prepared.peer.number}),
-        **found,
-        "mlflow": tracker.summary(),
-    }

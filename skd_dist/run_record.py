@@ -135,6 +135,39 @@ def _claim(path: Path, prepared: Prepared, identity: Mapping[str, Any]) -> str:
     return key
 
 
+def summary_of(
+    prepared: Prepared, found: dict[str, Any], *, teacher_digest: str | None, tracked: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The result of a run that finished.
+
+    Args:
+        found: what the students measured; what is placed elsewhere is taken out of it.
+        teacher_digest: of the weights it learned from.
+        tracked: where it can be seen.
+    """
+    config = prepared.config
+    return {
+        "status": "finished",
+        "name": config.name,
+        "method": config.method,
+        "fraction": config.fraction,
+        "seed": config.seed,
+        "num_train_samples": len(prepared.splits.train_ids),
+        "micro_batch_size": prepared.shape.micro_batch_size,
+        "num_compared_samples": prepared.shape.micro_batch_size if prepared.method.compares_samples else None,
+        "data_digest": prepared.splits.digest,
+        "val_digest": prepared.splits.val_digest,
+        "test_digest": prepared.splits.test.digest if prepared.splits.test else None,
+        "label_noise_frac": prepared.splits.selection.label_noise_frac,
+        "plan_digest": prepared.plan.digest(),
+        "teacher": {"name": config.teacher, "digest": teacher_digest, "top1_frac": found.pop("teacher_top1_frac")},
+        "student": {"name": config.student, "num_params": found.pop("num_params")},
+        **({} if prepared.peer is None else {"peer": prepared.peer.number}),
+        **found,
+        "mlflow": tracked,
+    }
+
+
 def write_summary(run_dir: Path, summary: Mapping[str, Any]) -> None:
     """The machine-readable result of the run."""
     write_json(run_dir / "summary.json", summary)

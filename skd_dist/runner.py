@@ -24,16 +24,17 @@ from skd_dist.job.notices import NoticeReader
 from skd_dist.job.pulse import Pulse, StallWatch
 from skd_dist.job.rendezvous import join_job, leave_job
 from skd_dist.job.stop_request import EXIT_STOPPED, StopRequest, ending_with, launchers_above
+from skd_dist.prepare_together import try_together
 from skd_dist.roles import RoleMap, World, make_role_map, resolve_teacher_ranks, split_among_peers
-from skd_dist.run_group import groups_of, run_group
+from skd_dist.run_group import run_group
 from skd_dist.run_record import resume_those_begun
 from skd_dist.run_setup import (
     JOB_TIMEOUT,
     collective_timeout,
     device_kind,
     engine_spec_of,
-    try_together,
 )
+from skd_dist.sharing import groups_of
 from skd_dist.teacher_run import start_worker
 
 

@@ -18,19 +18,18 @@ from skd_dist import __version__
 from skd_dist.block_join import join_blocks, split_of
 from skd_dist.checkpoint import Companion, write_stage_result
 from skd_dist.engines import make_engine
-from skd_dist.evaluate import PREDICTION, AfterBatch, evaluate_predictions, evaluate_stage
 from skd_dist.models.create import weights_digest
 from skd_dist.plan import StageSpec
-from skd_dist.prepare import Prepared
 from skd_dist.progress import StageProgress
 from skd_dist.resume_point import remove_all
 from skd_dist.shared_pass import Turns
-from skd_dist.stage_batches import split_batches, training_batches, validation_batches
+from skd_dist.stage_batches import training_batches
 from skd_dist.stage_loop import run_stage
+from skd_dist.stage_measure import is_tested, measure_predictions, plain_copy, stage_module, validate
 from skd_dist.stage_resume import begin, make_checkpointer, start_state
 from skd_dist.stage_side import State, StudentSide
 from skd_dist.stage_values import NMSE, NMSE_FED, is_better, mean_nmse
-from skd_dist.student import StageModule, build_stage_module, companion_part, student_part
+from skd_dist.student import companion_part, student_part
 
 REPORTS_PER_STAGE = 50
 """Points of a stage's curves: enough to see its shape, few enough for any store."""
@@ -106,8 +105,8 @@ def train_stage(side: StudentSide, stage: StageSpec, state: State) -> Turns[Stag
     report = progress.averaged()
     check_frozen(side, stage, before=state, after=student_part(chosen))
     entry = _summary_entry(stage, report, chosen_values, num_images=stage.num_steps * shape.global_batch_size)
-    if _is_tested(side, stage, chosen_values):
-        module = _plain_copy(side, stage, chosen)
+    if is_tested(side, stage, chosen_values):
+        module = plain_copy(side, stage, chosen)
         entry["test"] = measure_predictions(side, stage, module, "test", after_batch=leave_if_needed)
     engine.close()
     joined, entry = join_blocks(side, stage, student_part(chosen), entry)
@@ -116,67 +115,6 @@ def train_stage(side: StudentSide, stage: StageSpec, state: State) -> Turns[Stag
     side.display.end_stage({**report.last_values, **chosen_values, **_overall_rates(entry)})
     side.tracker.end_child("FINISHED")
     return result
-
-
-def stage_module(prepared: Prepared, stage: StageSpec, state: Mapping[str, Tensor] | None) -> StageModule:
-    """A fresh module of the stage that starts from the student's tensors; None: from random ones."""
-    models, config = prepared.models, prepared.config
-    return build_stage_module(
-        cut=models.student,
-        stage=stage,
-        teacher_cut=models.teacher,
-        frozen_batchnorm=config.frozen_batchnorm,
-        seed=config.seed,
-        start_from=state,
-        method=prepared.method,
-    )
-
-
-def validate(side: StudentSide, stage: StageSpec, module_state: State, *, after_batch: AfterBatch) -> dict[str, float]:
-    """The stage's objective on the validation split, with a plain copy of the module."""
-    with closing(validation_batches(side, stage)) as batches:
-        values = evaluate_stage(
-            _plain_copy(side, stage, module_state),
-            stage=stage,
-            method=side.prepared.method,
-            batches=batches,
-            ask=side.ask,
-            device=side.device,
-            after_batch=after_batch,
-            cohort=side.cohort,
-        )
-    side.quarantine.settle_if_needed()
-    return values
-
-
-def measure_predictions(
-    side: StudentSide, stage: StageSpec, module: StageModule, split: str, *, after_batch: AfterBatch
-) -> dict[str, float]:
-    """`top1_frac/<prediction>` of each of the method's predictions on a split, with a plain module on the device."""
-    module.eval()
-    with closing(split_batches(side, split)) as batches:
-        measured = evaluate_predictions(
-            lambda batch: side.prepared.method.predictions(stage, module(batch.images)),
-            batches=batches,
-            device=side.device,
-            after_batch=after_batch,
-        )
-    side.quarantine.settle_if_needed()
-    return measured
-
-
-def _is_tested(side: StudentSide, stage: StageSpec, values: Mapping[str, float]) -> bool:
-    """Whether predictions are measured on the test split here: with a companion that is not kept in a file."""
-    prepared = side.prepared
-    is_last = stage.index == len(prepared.plan.stages) - 1
-    has_predictions = any(name.startswith(f"val/{PREDICTION}") for name in values)
-    return is_last and has_predictions and prepared.method.companion_file is None and prepared.splits.test is not None
-
-
-def _plain_copy(side: StudentSide, stage: StageSpec, module_state: Mapping[str, Tensor]) -> StageModule:
-    copy = stage_module(side.prepared, stage, student_part(module_state))
-    copy.load_state_dict(module_state, strict=True)
-    return copy.to(side.device)
 
 
 def check_frozen(

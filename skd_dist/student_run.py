@@ -37,7 +37,8 @@ from skd_dist.plan import LOGITS
 from skd_dist.prepare import Prepared
 from skd_dist.shared_pass import Turns
 from skd_dist.stage_batches import split_batches
-from skd_dist.stage_runner import measure_predictions, stage_module, train_stage
+from skd_dist.stage_measure import measure_predictions, stage_module
+from skd_dist.stage_runner import train_stage
 from skd_dist.stage_side import State, StudentSide
 
 TEACHER_SAMPLE = 1024

@@ -15,7 +15,7 @@ from skd_dist.models.create import check_source
 from skd_dist.plan import StageSpec
 from skd_dist.prepare import Prepared, prepare_run
 from skd_dist.splits import OpenSplits
-from skd_dist.stage_runner import stage_module
+from skd_dist.stage_measure import stage_module
 from skd_dist.student import StageModule
 from skd_dist.teacher_members import members_of
 

@@ -12,6 +12,7 @@ from recipes.digits_skd import config
 from skd_dist.cli import main
 from skd_dist.models.create import create_model
 from skd_dist.toy import toy
+from skd_dist.tracking import journal_tracker
 from tests.conftest import PackNoise
 
 Run = Callable[..., tuple[int, str, str]]
@@ -125,7 +126,11 @@ def test_dry_run_of_the_embedded_digits_writes_nothing(run: Run, tmp_path: Path)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_directory_is_not_used_twice_and_not_for_another_plan(run: Run, tmp_path: Path) -> None:
+def test_a_run_directory_is_not_used_twice_and_not_for_another_plan(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A run does not wait long for MLflow, which on a busy machine takes longer than that to make its tables.
+    monkeypatch.setattr(journal_tracker, "_FLUSH_S", 60.0)
     code, stdout, stderr = run(
         "--method", "no_teacher", "--stage-duration", "1steps", "--tracking-uri", "http://127.0.0.1:9"
     )

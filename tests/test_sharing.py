@@ -3,7 +3,7 @@
 import dataclasses
 
 from recipes.kd_study import config as kd_study
-from skd_dist.run_group import groups_of
+from skd_dist.sharing import groups_of
 from skd_dist.study import cells_of
 
 
