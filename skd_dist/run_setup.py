@@ -158,11 +158,10 @@ def _next_root(prepared: Prepared, num_done: int) -> Path:
 
 
 def engine_spec_of(config: RunConfig) -> EngineSpec:
-    kind = config.engine
-    if kind == "deepspeed" and config.deepspeed_config == "none":
+    if config.deepspeed_config == "none":
         return EngineSpec(kind="torch")
     name = None if config.deepspeed_config == "auto" else config.deepspeed_config
-    return EngineSpec(kind=kind, deepspeed=load_deepspeed_config(name, device_kind=device_kind()))
+    return EngineSpec(kind=config.engine, deepspeed=load_deepspeed_config(name, device_kind=device_kind()))
 
 
 def quarantine_of(

@@ -15,7 +15,7 @@ from skd_dist.data.bad_samples import BadSample
 from skd_dist.errors import UserError
 from skd_dist.job.blackboard import Blackboard
 from skd_dist.prepare import Prepared
-from skd_dist.run_setup import keep_micro_batch_size, quarantine_of
+from skd_dist.run_setup import engine_spec_of, keep_micro_batch_size, quarantine_of
 from skd_dist.stage_side import FoundPoint
 from skd_dist.tracking import NullTracker
 
@@ -89,3 +89,12 @@ def test_a_flag_of_the_user_and_a_fresh_start_stay_as_they_are() -> None:
     assert keep_micro_batch_size(flagged, point(12)) is flagged
     fresh = prepared(1)
     assert keep_micro_batch_size(fresh, None) is fresh
+
+
+def test_without_deepspeed_plain_torch_trains_whoever_it_is() -> None:
+    config = dataclasses.replace(prepared(1).config, deepspeed_config="none")
+    assert engine_spec_of(config).kind == "torch"
+    assert engine_spec_of(dataclasses.replace(config, engine="accelerate")).kind == "torch"
+    assert (
+        engine_spec_of(dataclasses.replace(config, engine="accelerate", deepspeed_config="zero1")).kind == "accelerate"
+    )
