@@ -93,8 +93,10 @@ def join_entries(own: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -
 
 
 def _mean_over_taps(entries: Sequence[Mapping[str, Any]], name: str) -> float | None:
-    num_taps = [sum(key.startswith(f"{name}/") for key in entry["val"]) for entry in entries]
-    total = sum(count * entry[f"{name}_last"] for count, entry in zip(num_taps, entries, strict=True) if count)
+    # A resume point may hold reports of a version that had one name for both: then one of the two is not known.
+    known = [entry for entry in entries if entry.get(f"{name}_last") is not None]
+    num_taps = [sum(key.startswith(f"{name}/") for key in entry["val"]) for entry in known]
+    total = sum(count * entry[f"{name}_last"] for count, entry in zip(num_taps, known, strict=True))
     return total / sum(num_taps) if any(num_taps) else None
 
 

@@ -75,7 +75,7 @@ def run_group(
     Args:
         configs: one, or several of one group.
         key: names their points of agreement.
-        is_alone: whether the launch has one run; else errors say whose they are.
+        is_alone: whether the launch has one run; else errors in the training say whose they are.
         worker: holds the teacher of a teacher rank.
 
     Returns:

@@ -5,6 +5,7 @@ Which they are follows from configurations alone; how they take turns is the bus
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 from skd_dist.config import RunConfig
 from skd_dist.methods import find_method
@@ -22,7 +23,8 @@ def groups_of(configs: Sequence[RunConfig]) -> list[list[RunConfig]]:
     groups: list[list[RunConfig]] = []
     for config in configs:
         group = next((group for group in groups if _share(group[0], config)), None)
-        if group is None:
+        # What a run before it publishes must be there when it begins: such a run stays where it stands.
+        if group is None or published_by(config.student_checkpoint, configs):
             groups.append([config])
         else:
             group.append(config)
@@ -39,3 +41,12 @@ def _share(one: RunConfig, other: RunConfig) -> bool:
         return False
     names = {field.name for field in dataclasses.fields(RunConfig)} - _MAY_DIFFER
     return all(getattr(one, name) == getattr(other, name) for name in names)
+
+
+def published_by(source: str | None, runs: Sequence[RunConfig]) -> bool:
+    """Whether weights are a file that one of these runs makes.
+
+    Args:
+        source: a file, `pretrained`, or None.
+    """
+    return source is not None and any(Path(source).absolute().is_relative_to(run.run_dir.absolute()) for run in runs)

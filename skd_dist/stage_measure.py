@@ -52,7 +52,7 @@ def measure_predictions(
     with closing(split_batches(side, split)) as batches:
         measured = evaluate_predictions(
             lambda batch: side.prepared.method.predictions(stage, module(batch.images)),
-            batches=batches,
+            batches=(batch for batch, _ in side.ask.answers(batches, ())),
             device=side.device,
             after_batch=after_batch,
         )
@@ -61,11 +61,14 @@ def measure_predictions(
 
 
 def is_tested(side: StudentSide, stage: StageSpec, values: Mapping[str, float]) -> bool:
-    """Whether predictions are measured on the test split here: with a companion that is not kept in a file."""
+    """Whether predictions are measured on the test split here: with a companion that is not kept in a file.
+
+    Those of a stage that the teacher feeds are not: they are of blocks that never run together.
+    """
     prepared = side.prepared
-    is_last = stage.index == len(prepared.plan.stages) - 1
-    has_predictions = any(name.startswith(f"val/{PREDICTION}") for name in values)
-    return is_last and has_predictions and prepared.method.companion_file is None and prepared.splits.test is not None
+    if stage.feeds or stage.index != len(prepared.plan.stages) - 1 or prepared.splits.test is None:
+        return False
+    return prepared.method.companion_file is None and any(name.startswith(f"val/{PREDICTION}") for name in values)
 
 
 def plain_copy(side: StudentSide, stage: StageSpec, module_state: Mapping[str, Tensor]) -> StageModule:

@@ -68,23 +68,22 @@ def with_nmse(values: Mapping[str, float], stage: StageSpec) -> dict[str, float]
     It is `nmse_fed/<group>` where a block went on from the teacher's feature, which the student as it runs does not.
     """
     found = {name: value for name, value in values.items() if not name.startswith("_")}
-    num_unfed = _num_unfed(stage)
-    for place, tap in enumerate(stage.taps):
+    fed = _fed_groups(stage)
+    for tap in stage.taps:
         mse = values.get(f"feature_mse/{tap.teacher}")
         if mse is not None:
             variance = values[f"_mean_square/{tap.teacher}"] - values[f"_mean/{tap.teacher}"] ** 2
-            name = NMSE if place < num_unfed else NMSE_FED
+            name = NMSE_FED if tap.student in fed else NMSE
             found[f"{name}/{tap.teacher}"] = mse / variance if variance > 0 else float("nan")
     return found
 
 
-def _num_unfed(stage: StageSpec) -> int:
-    """Taps, in network order, that come before the first feature that is given, or stand at it."""
-    students = [tap.student for tap in stage.taps]
+def _fed_groups(stage: StageSpec) -> tuple[str, ...]:
+    """Of the groups that train, in network order, those behind the first feature that is given."""
     if not stage.feeds:
-        return len(students)
+        return ()
     first = stage.feeds[0].student
-    return students.index(first) + 1 if first in students else 0
+    return stage.trains[stage.trains.index(first) + 1 :] if first in stage.trains else stage.trains
 
 
 def is_better(values: Mapping[str, float], other: Mapping[str, float]) -> bool:

@@ -4,7 +4,6 @@ What is refused later is refused with a directory that other flags cannot contin
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -14,6 +13,7 @@ from skd_dist.methods.base import BaseMethod
 from skd_dist.models.create import check_source
 from skd_dist.plan import StageSpec
 from skd_dist.prepare import Prepared, prepare_run
+from skd_dist.sharing import published_by
 from skd_dist.splits import OpenSplits
 from skd_dist.stage_measure import stage_module
 from skd_dist.student import StageModule
@@ -36,7 +36,7 @@ def try_runs(configs: Sequence[RunConfig], *, num_students: int, open_splits: Op
         with named(of_run(config.name)):
             prepared = prepare_run(config, num_students=num_students, open_splits=open_splits)
             if prepared.plan.needs_teacher:
-                _check_teacher_files(config, trained_before=[other.run_dir for other in configs[:number]])
+                _check_teacher_files(config, before=configs[:number])
             if _built_alike(prepared) not in tried:
                 try_stages(prepared)
                 tried.add(_built_alike(prepared))
@@ -49,12 +49,11 @@ def _built_alike(prepared: Prepared) -> tuple[object, ...]:
     return config.method, config.method_options, *networks, config.frozen_batchnorm, prepared.shape.micro_batch_size
 
 
-def _check_teacher_files(config: RunConfig, *, trained_before: Sequence[Path]) -> None:
+def _check_teacher_files(config: RunConfig, *, before: Sequence[RunConfig]) -> None:
     """Weights that no run of this launch publishes first must be there."""
     for member in members_of(config):
-        source = member.checkpoint
-        if source is not None and not any(Path(source).is_relative_to(run_dir) for run_dir in trained_before):
-            check_source(source, what="teacher checkpoint")
+        if member.checkpoint is not None and not published_by(member.checkpoint, before):
+            check_source(member.checkpoint, what="teacher checkpoint")
 
 
 def try_stages(prepared: Prepared) -> None:

@@ -38,6 +38,17 @@ def entry(nmse: dict[str, float]) -> dict[str, Any]:
     }
 
 
+def test_reports_of_a_version_with_one_name_for_both_are_passed_over() -> None:
+    """A resume point of that version in the final validation: reports with the old name, validation with the new."""
+    first, second = entry({"stem": 1.0, "stage1": 3.0}), entry({"stage2": 2.0})
+    found = join_entries(first, [first, second | {"nmse_fed_last": None}])
+    assert (found["nmse_last"], found["nmse_fed_last"]) == (1.0, 3.0)
+    assert (
+        join_entries(first, [first | {"nmse_fed_last": None}, second | {"nmse_fed_last": None}])["nmse_fed_last"]
+        is None
+    )
+
+
 def joined(run_dir: Path, num_groups: int, students: int = 2) -> tuple[list[Any], list[dict[str, torch.Tensor]]]:
     """What every student of every peer has after the join, and what each peer trained."""
     store = dist.HashStore()

@@ -85,22 +85,23 @@ class Passes(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("taps", "feeds", "names"),
+    ("trains", "taps", "feeds", "names"),
     [
-        ("abc", "", ["nmse/a", "nmse/b", "nmse/c"]),
-        ("abc", "ab", ["nmse/a", "nmse_fed/b", "nmse_fed/c"]),
-        ("bc", "ab", ["nmse_fed/b", "nmse_fed/c"]),
-        ("ab", "b", ["nmse/a", "nmse/b"]),
-        ("c", "b", ["nmse_fed/c"]),
-        ("a", "", ["nmse/a"]),
+        ("abc", "abc", "", ["nmse/a", "nmse/b", "nmse/c"]),
+        ("abc", "abc", "ab", ["nmse/a", "nmse_fed/b", "nmse_fed/c"]),
+        ("abc", "ac", "b", ["nmse/a", "nmse_fed/c"]),
+        ("bc", "bc", "ab", ["nmse_fed/b", "nmse_fed/c"]),
+        ("ab", "ab", "b", ["nmse/a", "nmse/b"]),
+        ("c", "c", "b", ["nmse_fed/c"]),
+        ("a", "a", "", ["nmse/a"]),
     ],
 )
-def test_nmse_behind_a_feature_that_is_given_says_so(taps: str, feeds: str, names: list[str]) -> None:
+def test_nmse_behind_a_feature_that_is_given_says_so(trains: str, taps: str, feeds: str, names: list[str]) -> None:
     """The groups of ranks that share such a stage, and one that has it whole, call each figure alike."""
     stage = StageSpec(
         index=0,
         name="blocks",
-        trains=tuple(taps),
+        trains=tuple(trains),
         taps=tuple(Tap(student=name, teacher=name) for name in taps),
         feeds=tuple(Feed(student=name, teacher=name) for name in feeds),
         num_steps=1,

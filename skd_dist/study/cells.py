@@ -35,11 +35,7 @@ def cells_of(study: StudyConfig) -> list[RunConfig]:
             # A method without a teacher comes up for each of them, with equal steps: the first is the cell.
             first = cells.setdefault(run.name, run)
             if first != dataclasses.replace(run, teacher=first.teacher):
-                raise UserError(
-                    "two cells have the same name",
-                    got=f"{run.name}: fractions {first.fraction} and {run.fraction}",
-                    do="choose fractions that differ in their first six digits",
-                )
+                raise UserError(f"two cells have the same name {run.name}", got=_differences(first, run))
     return list(cells.values())
 
 
@@ -129,3 +125,9 @@ def checkpoint_of(run_dir: Path) -> Path:
 
 def _file_name(name: str) -> str:
     return _NOT_IN_NAMES.sub("_", name)
+
+
+def _differences(one: RunConfig, other: RunConfig) -> str:
+    names = [field.name for field in dataclasses.fields(RunConfig)]
+    pairs = [(name, getattr(one, name), getattr(other, name)) for name in names if name != "teacher"]
+    return ", ".join(f"{name} {mine} and {theirs}" for name, mine, theirs in pairs if mine != theirs)

@@ -177,7 +177,7 @@ def test_budgets() -> None:
         ({"baseline": "no_techer"}, "unknown --method; got no_techer; expected skd"),
         (
             {"fractions": (0.3333333, 0.33333334)},
-            "two cells have the same name; got skd-skd_narrow_resnet26-skd_narrow_resnet10-f0.333333-s0: fract",
+            "two cells have the same name skd-skd_narrow_resnet26-skd_narrow_resnet10-f0.333333-s0; got fraction 0.33",
         ),
         (
             {"methods": ("rkd",), "budget": "published"},
