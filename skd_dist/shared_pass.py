@@ -122,6 +122,7 @@ class SharedAsk(AskAhead):
             return
         if batches.key in self._kept:
             for batch, answer in self._kept[batches.key]:
+                self._on_batch()  # the others may train from memory for longer than a stall may last
                 yield batch, {name: answer[name] for name in outputs}
             return
         key, kept = batches.key, []

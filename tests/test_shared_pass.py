@@ -94,6 +94,16 @@ def test_the_first_reads_and_asks_for_all_and_the_others_get_what_it_got() -> No
     assert all(a[0] is b[0] for a, b in zip(found["a"], found["b"], strict=True))
 
 
+def test_a_batch_from_memory_is_a_sign_of_progress_too() -> None:
+    """Else a run that trains for long from what the first one read would pass for one that hangs."""
+    signs: list[str] = []
+    ask = SharedAsk(Recorder(), depth=0, plan=PLAN, on_batch=lambda: signs.append("."))
+    list(ask.stream(batches([], "first"), ["stage1"]))
+    signs.clear()
+    seen = [len(signs) for _ in ask.stream(batches([], "second"), [])]
+    assert seen == [1, 2, 3]
+
+
 def test_what_was_not_read_to_its_end_or_is_forgotten_or_has_another_key_is_read_again() -> None:
     link, opened = Recorder(), list[str]()
     ask = SharedAsk(link, depth=0, plan=PLAN)

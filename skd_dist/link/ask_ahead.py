@@ -25,7 +25,7 @@ class AskAhead:
     Args:
         link: the way to the teacher; None where the run has none.
         depth: requests under way while the student trains, >= 0.
-        on_batch: called with every batch that was read: a sign of progress.
+        on_batch: called with every batch that is taken: a sign of progress.
     """
 
     no_teacher: NoTeacherError | None = None
