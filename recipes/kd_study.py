@@ -5,8 +5,8 @@ run of its own, in RUN/<cell> and in MLflow. Teachers are trained first, one for
 imbalance, on the same noisy and imbalanced data. All methods of a seed have the same initial weights, and in stages of
 the same number the same order and augmentation. Stages choose their weights on validation images where --stage-weights
 best is given; the table is of test images. With --resume-or-start a study goes on where it was interrupted: finished
-cells are left alone, and a grid may grow. RUN/study.md is the table at the end; tools/compare_runs.py makes it anew,
-with a plot, at any time.
+cells are left alone, and a grid may grow. RUN/study.md is the table at the end and RUN/study.png accuracy against
+fraction; tools/compare_runs.py makes both anew at any time.
 
 Command:
     deepspeed --num_accelerators 3 recipes/kd_study.py --teacher-ranks 1 --resume-or-start

@@ -1,4 +1,4 @@
-"""A study as a recipe: flags, runs, and at the end the table of all finished cells."""
+"""A study as a recipe: flags, runs, and at the end table and plot of all finished cells."""
 
 from collections.abc import Sequence
 
@@ -10,11 +10,11 @@ from skd_dist.study.cells import cells_of
 from skd_dist.study.config import StudyConfig, toy_study
 from skd_dist.study.resume import what_is_left
 
-TABLE = "study.md"
+TABLE, PLOT = "study.md", "study.png"
 
 
 def run_study(config: StudyConfig, *, description: str, argv: Sequence[str] | None = None) -> None:
-    """Run a study and exit; the table is printed and written to RUN/study.md.
+    """Run a study and exit; the table is printed and written to RUN/study.md, the plot to RUN/study.png.
 
     Args:
         config: the recipe's defaults.
@@ -30,12 +30,12 @@ def runs_of(study: StudyConfig) -> Sequence[RunConfig]:
 
 
 def write_table(study: StudyConfig) -> None:
-    """Compare all runs in the study's directory, also those of earlier launches.
+    """Compare all runs in the study's directory, also those of earlier launches, and draw accuracy against fraction.
 
     Raises:
         UserError: they cannot be compared.
     """
-    table = report(read_directories([study.run_dir]), baseline=study.baseline)
+    table = report(read_directories([study.run_dir]), baseline=study.baseline, plot=study.run_dir / PLOT)
     with atomic_file(study.run_dir / TABLE) as temporary:
         temporary.write_text(table)
     print(f"\n{table}", flush=True)

@@ -146,6 +146,7 @@ def test_the_table_is_of_all_finished_cells(study: StudyConfig, capsys: pytest.C
     text = (study.run_dir / "study.md").read_text()
     assert "| skd | small | big | 0.1 | 2 | 80.00 ± 0.00 | +10.00 | +10.00 to +10.00 |" in text
     assert text in capsys.readouterr().out
+    assert (study.run_dir / "study.png").read_bytes().startswith(b"\x89PNG")
 
 
 def launch(study: StudyConfig, *flags: str) -> int:
