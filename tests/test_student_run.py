@@ -23,6 +23,7 @@ from skd_dist.run_setup import was_published
 from skd_dist.shared_pass import take_turns
 from skd_dist.splits import unpack_embedded_data
 from skd_dist.stage_batches import split_batches
+from skd_dist.stage_measure import measure_predictions, stage_module
 from skd_dist.stage_side import StudentSide
 from skd_dist.student_run import count_done, measure_teacher, run_student
 from skd_dist.tracking import read_events
@@ -185,6 +186,18 @@ def test_predictions_that_no_file_keeps_are_measured_on_the_test_split_too(
         assert summary["predictions"][name] == {split: {"top1_frac": top1} for split in ("val", "test")}
         assert metrics[f"final/test/top1_frac/{name}"] == metrics[f"final/val/top1_frac/{name}"] == top1
     assert finish(side_of(prepared, tmp_path / "run")) == summary
+
+
+def test_measuring_predictions_gives_signs_of_progress(tmp_path: Path) -> None:
+    """Else the watch over stalls would end a run that measures a long test split."""
+    prepared = as_its_own_test_set(tmp_path, "one")
+    signs: list[str] = []
+    side = dataclasses.replace(
+        student(prepared, tmp_path), ask=AskAhead(None, depth=0, on_batch=lambda: signs.append("."))
+    )
+    stage = prepared.plan.stages[-1]
+    measure_predictions(side, stage, stage_module(prepared, stage, None), "test", after_batch=lambda: None)
+    assert len(signs) == NUM_VAL_BATCHES + 1
 
 
 def test_a_teacher_that_overflows_is_not_said_to_be_no_better_than_chance(prepared: Prepared, tmp_path: Path) -> None:

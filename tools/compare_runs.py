@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 import tyro
 
 from skd_dist.comparison import read_directories, read_store, report
-from skd_dist.comparison.plot import check_plot_path
+from skd_dist.comparison.plot import check_plot_path, write_plot
 from skd_dist.data.atomic import atomic_file
 from skd_dist.errors import EXIT_USER_ERROR, UserError
 
@@ -56,9 +56,10 @@ def run_comparison(wanted: Comparison) -> str:
     found = read_directories(wanted.runs)
     if wanted.tracking_uri is not None:
         found += read_store(wanted.tracking_uri, experiment=wanted.experiment)
-    return report(
-        found, baseline=wanted.baseline, split=wanted.split, metric=wanted.metric, by=wanted.by, plot=wanted.plot
-    )
+    compared = report(found, baseline=wanted.baseline, split=wanted.split, metric=wanted.metric, by=wanted.by)
+    if wanted.plot is not None:
+        write_plot(compared.rows, wanted.plot, measure=compared.measure)
+    return compared.text
 
 
 def main(arguments: list[str]) -> int:

@@ -6,7 +6,7 @@ Only what the runs themselves recorded is used. Reading and counting are plain P
 """
 
 from skd_dist.comparison.exits import exits_table
-from skd_dist.comparison.report import report
+from skd_dist.comparison.report import Report, report
 from skd_dist.comparison.runs import Found, Measure, Record, choose_split, read_directories, read_store, to_runs
 from skd_dist.comparison.statistics import Row, compare, t_interval
 from skd_dist.comparison.table import markdown_table
@@ -15,6 +15,7 @@ __all__ = [
     "Found",
     "Measure",
     "Record",
+    "Report",
     "Row",
     "choose_split",
     "compare",

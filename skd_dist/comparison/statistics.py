@@ -121,10 +121,10 @@ def _remarks(runs: Sequence[FinishedRun], pairs: Sequence[tuple[FinishedRun, Fin
     for what, values in (
         ("teachers", {run.teacher_digest for run in runs}),
         ("sets of training samples", {run.data_digest for run in runs}),
-        ("sizes of micro-batch", {run.micro_batch_size for run in runs} - {None}),
+        ("sizes of micro-batch", {run.micro_batch_size for run in runs}),
     ):
-        if len(values) > 1:
-            yield f"{len(values)} {what} among its seeds"
+        if (count := len(values - {None})) > 1:  # None: of a version that did not write it down
+            yield f"{count} {what} among its seeds"
 
 
 def _pair(run: FinishedRun, others: Sequence[FinishedRun], baseline: str) -> FinishedRun | None:

@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 
+from skd_dist.checkpoint import cannot_go_on_without
 from skd_dist.cli import main
 from skd_dist.comparison import read_directories, report
+from skd_dist.comparison.plot import write_plot
 from skd_dist.config import RunConfig
 from skd_dist.data.atomic import atomic_file
 from skd_dist.study.cells import cells_of
@@ -33,9 +35,11 @@ def write_table(study: StudyConfig) -> None:
     """Compare all runs in the study's directory, also those of earlier launches, and draw accuracy against fraction.
 
     Raises:
-        UserError: they cannot be compared.
+        UserError: they cannot be compared, or the disk does not take what is written.
     """
-    table = report(read_directories([study.run_dir]), baseline=study.baseline, plot=study.run_dir / PLOT)
-    with atomic_file(study.run_dir / TABLE) as temporary:
-        temporary.write_text(table)
-    print(f"\n{table}", flush=True)
+    found = report(read_directories([study.run_dir]), baseline=study.baseline)
+    print(f"\n{found.text}", flush=True)
+    with cannot_go_on_without(study.run_dir / TABLE), atomic_file(study.run_dir / TABLE) as temporary:
+        temporary.write_text(found.text)
+    with cannot_go_on_without(study.run_dir / PLOT):
+        write_plot(found.rows, study.run_dir / PLOT, measure=found.measure)

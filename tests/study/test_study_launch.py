@@ -149,6 +149,16 @@ def test_the_table_is_of_all_finished_cells(study: StudyConfig, capsys: pytest.C
     assert (study.run_dir / "study.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_disk_that_does_not_take_the_table_is_one_line_and_the_table_was_shown(
+    study: StudyConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(study.run_dir / "skd-0", summary())
+    (study.run_dir / "study.md").mkdir()
+    with pytest.raises(UserError, match=r"study.md cannot be written; got .*; make room there, then continue"):
+        write_table(study)
+    assert "| skd | small | big |" in capsys.readouterr().out
+
+
 def launch(study: StudyConfig, *flags: str) -> int:
     with pytest.raises(SystemExit) as ended:
         run_study(study, description="", argv=flags)
